@@ -2,7 +2,7 @@
 
 The gateway counts with it (an over-long prompt is refused before it is accepted), the courier
 encodes with it. It reads `tokenizer.json` with the `tokenizers` library and renders chat templates
-in a Jinja sandbox itself, because `transformers` would bring torch (245 MB, 4 s) into every gateway.
+in a Jinja sandbox itself: `transformers` would bring torch (245 MB, 4 s) into every gateway.
 
 Template environment as `transformers` documents it for chat templates: sandboxed and immutable,
 trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `strftime_now`, a `tojson` that leaves
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -42,7 +44,7 @@ class Prompts:
 
     @classmethod
     def load(cls, folder: str | Path) -> Prompts:
-        """Read a `transformers` folder; raise ConfigurationError where it lacks a tokenizer.json."""
+        """Read a `transformers` folder; raise ConfigurationError if it has no tokenizer.json."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -97,7 +99,7 @@ class Prompts:
             ) from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the text's token ids; with special tokens for a bare prompt, without after render."""
+        """Return the token ids; with special tokens for a bare prompt, without after `render`."""
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def count(self, text: str, *, add_special_tokens: bool) -> int:
@@ -145,9 +147,19 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
+class _GenerationTag(Extension):
+    """Accept `{% generation %}...{% endgeneration %}`, which marks text for training only."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    environment: Any = ImmutableSandboxedEnvironment(  # its annotations are partial
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
     )
 
     def raise_exception(message: str) -> NoReturn:
@@ -159,8 +171,6 @@ def _environment() -> jinja2.Environment:
     def tojson(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    cast("dict[str, Any]", environment.globals).update(
-        raise_exception=raise_exception, strftime_now=strftime_now
-    )
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     environment.filters["tojson"] = tojson
     return environment
