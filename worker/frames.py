@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -52,8 +53,8 @@ class Reason(IntEnum):
     """Why a sequence ended with this entry; its values are on the wire."""
 
     GOING_ON = 0
-    STOP_TOKEN = 1  # the entry's token is the stop token
-    LENGTH = 2  # max_tokens or the worker's max_seq_tokens reached
+    STOP_TOKEN = 1  # the entry's token is the stop token; without one, a resumed output's last was
+    LENGTH = 2  # max_tokens reached; without a token, when a resumed output already had them all
     CANCELED = 3  # entry without a token
     FAILED = 4  # entry without a token; a Failure frame came just before
 
@@ -88,6 +89,23 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """End the engine at the next step; sequences in hand get no further entry."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the courier starts an engine with, as the JSON of `--config`."""
+
+    model_folder: str  # a transformers folder: config.json and safetensors
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = the folder's own
+    num_threads: int = 0  # of torch on CPU; 0 = torch's own choice
+    num_blocks: int | None = None  # of the KV pool; None = as many as kv_bytes hold
+    kv_bytes: int = 1 << 30
+    block_size: int = 64  # tokens
+    max_seq_tokens: int | None = None  # None = what model and pool allow
+    max_num_seqs: int = 64  # running at once
+    max_step_tokens: int = 512  # computed in one step; bounds how long a prefill holds decodes up
+    runner: Literal["model", "stub"] = "model"  # stub: token i is a pure function of (seed, i)
+    stub_step_ms: float = 0.0  # how long a step of the stub takes
+    debug_check: bool = False  # assert the invariants of pool and scheduler each step
 
 
 class Ready(msgspec.Struct, frozen=True):
