@@ -6,9 +6,10 @@ import struct
 
 import numpy as np
 import pytest
-from headrace.worker import frames
 from hypothesis import given
 from hypothesis import strategies as st
+
+from headrace.worker import frames
 
 
 def make_entries(*rows):

@@ -1,9 +1,9 @@
 """What a model is, read from the config.json of a `transformers` folder, and what is refused.
 
 One decoder serves the Llama family: grouped-query attention with rotary positions, RMSNorm before
-attention and MLP, a SiLU-gated MLP. Members differ in a few switches, all of them here. Anything that
-would change the result and is not known here is refused by name: a model that answers almost right
-is worse than one that does not load.
+attention and MLP, a SiLU-gated MLP. Members differ in a few switches, all of them here. Anything
+that would change the result and is not known here is refused by name: a model that answers almost
+right is worse than one that does not load.
 
 Called by: weights.py, model.py, runner.py.
 """

@@ -1,8 +1,8 @@
 """The numbers of one step, laid out flat: what a plan is to the model.
 
-Rows are the planned tokens of all sequences one after another, decodes first. Row r of sequence s is
-at position num_computed(s) + its offset in the chunk, and its keys and values go to
-slot = table[position // block_size] * block_size + position % block_size.
+Rows are the planned tokens of all sequences one after another, decodes first. Row r of sequence s
+is at position num_computed(s) + its offset in the chunk, and its keys and values go to slot =
+table[position // block_size] * block_size + position % block_size.
 
 Invariants:
  1. Slots of a batch are all different: no two rows write the same place.

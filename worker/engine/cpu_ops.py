@@ -7,8 +7,8 @@ and used by all layers; per layer there is one gather of whole blocks and one ca
 `scaled_dot_product_attention` for a group of sequences.
 
 Decodes are grouped by number of blocks rounded up to a power of two, so that one long context does
-not make all others gather as many blocks: padding is at most double. Query heads that share a KV head
-are laid out as rows of one query, so nothing is repeated in memory.
+not make all others gather as many blocks: padding is at most double. Query heads that share a KV
+head are laid out as rows of one query, so nothing is repeated in memory.
 
 Numerics: attention is torch's own (fp32 accumulation); the rotation rounds after each product in
 bf16, where the reference rounds once. Tolerances are in the test.

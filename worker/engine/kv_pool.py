@@ -4,10 +4,10 @@
                        owned --release, named----> cached --acquire--> owned
                                                    cached --allocate (evicts the oldest)--> owned
 
-A block is `block_size` consecutive tokens' keys and values over all layers. A sequence's table lists
-its blocks in order. A full block may be named (see prefix.py); the next sequence that begins with
-the same tokens shares it. Several answers to one prompt share its full blocks in the same way and
-recompute what is left of the last one, so there is no block to copy on write.
+A block is `block_size` consecutive tokens' keys and values over all layers. A sequence's table
+lists its blocks in order. A full block may be named (see prefix.py); the next sequence that begins
+with the same tokens shares it. Several answers to one prompt share its full blocks in the same way
+and recompute what is left of the last one, so there is no block to copy on write.
 
 Invariants, all asserted by `check()`:
  1. Every block is in exactly one of free, owned, cached.

@@ -2,8 +2,8 @@
 
     python -m headrace.worker.engine.loop --fd N --config JSON
 
-N is an inherited socket whose other end is the courier's; JSON is a frames.EngineConfig. No socket is
-opened here and no text is read. `Engine.step` is the whole life of a token.
+N is an inherited socket whose other end is the courier's; JSON is a frames.EngineConfig. No socket
+is opened here and no text is read. `Engine.step` is the whole life of a token.
 
 Invariants:
  1. Every admitted sequence gets its tokens in order and one end, unless the courier says Stop.
@@ -43,7 +43,8 @@ from headrace.worker.frames import Admit, Cancel, EngineConfig, Reason, Stop
 
 #: seconds given to the courier to read the last frames of an engine that ends.
 LAST_WORDS_S = 2.0
-#: prctl option: the signal this process gets when its parent ends.
+#: prctl option: the signal this process gets when its parent ends; to the kernel the parent is the
+#: thread that started it, so the courier starts engines from a thread that lives as long as it does.
 PR_SET_PDEATHSIG = 1
 
 
@@ -73,9 +74,13 @@ class Engine:
         """Step until the courier says Stop; raise CourierGone when it is no more."""
         while not self._is_stopped:
             self.receive()
-            if self.scheduler.has_work or self._ends:
+            if self._has_work:
                 self.step()
         self._writer.drain(LAST_WORDS_S)
+
+    @property
+    def _has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._ends)
 
     def step(self) -> None:
         """Compute one step of everything, and tell of it."""
@@ -83,23 +88,26 @@ class Engine:
         plan = self.scheduler.plan()
         if self._debug_check:
             self.scheduler.check(plan)
-        sampled = Sampled(np.empty(0, np.int64), np.empty(0, bool))
-        due: list[Sequence] = []
-        if plan.num_tokens:
-            batch = build_batch(plan, self._runner.block_size)
-            self._runner.run(batch)
-            sampled = self._runner.sample(batch)
-            due = self.scheduler.advance(plan)
+        due, sampled = self._compute(plan)
         reasons = [self._extend(seq, sampled, row) for row, seq in enumerate(due)]
         for seq, reason in zip(due, reasons, strict=True):
             self._retire(seq, reason)
         self._emit(plan, due, reasons, sampled, started_ns)
 
+    def _compute(self, plan: Plan) -> tuple[list[Sequence], Sampled]:
+        """Return the sequences that get a token from this step, and their tokens."""
+        if not plan.num_tokens:  # there are only ends to tell of
+            return [], Sampled(np.empty(0, np.int64), np.empty(0, bool))
+        batch = build_batch(plan, self._runner.block_size)
+        self._runner.run(batch)
+        sampled = self._runner.sample(batch)
+        self.scheduler.advance(plan)
+        return batch.due, sampled
+
     def receive(self) -> None:
         """Take the courier's commands; wait for one only if there is nothing else to do."""
         while True:
-            is_idle = not (self.scheduler.has_work or self._ends)
-            must_wait = is_idle or self._writer.is_full
+            must_wait = self._writer.is_full or not self._has_work
             wants_write = [self._sock] if self._writer.backlog_bytes else []
             select.select([self._sock], wants_write, [], None if must_wait else 0)
             self._writer.flush()
@@ -107,9 +115,7 @@ class Engine:
                 raise CourierGone
             for kind, payload in self._reader.frames():
                 self._obey(frames.unpack(kind, payload))
-            if self._is_stopped or not (is_idle or self._writer.is_full):
-                return
-            if is_idle and (self.scheduler.has_work or self._ends) and not self._writer.is_full:
+            if self._is_stopped or (self._has_work and not self._writer.is_full):
                 return
 
     def _obey(self, command: object) -> None:

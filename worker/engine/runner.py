@@ -1,9 +1,9 @@
 """Who computes a step: the model, or a stub whose tokens anyone can predict.
 
 The loop builds a batch, calls `run`, then `sample`. On a device `run` only starts the work and
-`sample` waits for its results; here both are done when they return. The stub does all that the model
-does but the arithmetic: token i of a sequence is `stub_token(seed, i)`, so that a test of the fleet
-can know every answer in advance, and see a lost, repeated or reordered token.
+`sample` waits for its results; here both are done when they return. The stub does all that the
+model does but the arithmetic: token i of a sequence is `stub_token(seed, i)`, so that a test of the
+fleet can know every answer in advance, and see a lost, repeated or reordered token.
 
 Called by: loop.py.
 """

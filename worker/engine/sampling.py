@@ -1,13 +1,14 @@
 """From logits to tokens: bias, penalties, filters, noise, log-probabilities.
 
-Order: raw logits -> penalties (repetition, frequency, presence) -> logit_bias -> temperature, top-k,
-top-p, min-p, Gumbel noise by (seed, position). Log-probabilities are of the raw logits. The position is
-the index of the output token, so a resumed sequence draws what the uninterrupted one would have.
+Order: raw logits -> penalties (repetition, frequency, presence) -> logit_bias -> temperature,
+top-k, top-p, min-p, Gumbel noise by (seed, position). Log-probabilities are of the raw logits. The
+position is the index of the output token, so a resumed sequence draws what the uninterrupted one
+would have.
 
-Rows are handled in groups by what they ask for, and greedy rows without penalties pay for one argmax.
-For drawn rows the CPU does not compute noise for the whole vocabulary: noise is bounded, so a token
-whose scaled logit is further below the best score than the largest possible noise cannot win. This
-gives exactly the token of `sample_reference`.
+Rows are handled in groups by what they ask for, and greedy rows without penalties pay for one
+argmax. For drawn rows the CPU does not compute noise for the whole vocabulary: noise is bounded, so
+a token whose scaled logit is further below the best score than the largest possible noise cannot
+win. This gives exactly the token of `sample_reference`.
 
 Invariants:
  1. A row's result depends on its logits, its own tokens and its parameters only, not on the batch.

@@ -1,7 +1,7 @@
 """What the next step computes: which sequences, how many tokens of each.
 
-There is no prefill and no decode here, only computed tokens that catch up with known ones. A step has
-a budget of tokens. Sequences with one pending token (decodes) are served first, so that a long
+There is no prefill and no decode here, only computed tokens that catch up with known ones. A step
+has a budget of tokens. Sequences with one pending token (decodes) are served first, so that a long
 prompt never holds a stream up for more than one step; what is left of the budget goes to pending
 prompts in chunks, and then to sequences that wait. A waiting sequence is run when the predicted
 peak (admission.py) of all that run, with it, fits the pool. Where blocks run out all the same, one
@@ -14,8 +14,8 @@ not fit makes running batch ones wait again; a class is never overtaken from beh
 Invariants, asserted by `check()`:
  1. Every sequence is in exactly one of: running, waiting interactive, waiting batch.
  2. A waiting queue is in order of arrival, and holds sequences of its class without blocks.
- 3. A plan has each sequence once, at most `max_step_tokens` tokens, decodes before chunks, and blocks
-    for all it computes.
+ 3. A plan has each sequence once, at most `max_step_tokens` tokens, decodes before chunks, and
+    blocks for all it computes.
  4. While there is any sequence, a plan is not empty: the oldest one can always go on, since each
     fits the pool alone (`add` refuses what does not) and may take the blocks of the others.
  5. Blocks of running sequences are all those that the pool has owners for.
@@ -126,15 +126,11 @@ class Scheduler:
             self._plan_waiting(plan)
         return plan
 
-    def advance(self, plan: Plan) -> list[Sequence]:
-        """Count the plan's tokens as computed; return the sequences whose next token is due."""
-        due: list[Sequence] = []
+    def advance(self, plan: Plan) -> None:
+        """Count the plan's tokens as computed, and offer the blocks they filled to others."""
         for seq, num_tokens in plan:
             seq.num_computed += num_tokens
             self._offer_full_blocks(seq)
-            if seq.num_pending == 0:
-                due.append(seq)
-        return due
 
     def retire(self, seq: Sequence, *, is_finished: bool) -> None:
         """Forget an ended sequence and release its blocks.

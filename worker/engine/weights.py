@@ -1,8 +1,8 @@
 """Weights of a `transformers` folder, merged the way the decoder multiplies by them.
 
-q, k and v are one matrix, gate and up another: one GEMM instead of three and two. Every tensor of the
-checkpoint is used exactly once, and every one the model needs is there; otherwise the load is refused
-with the names, because a model with a missing tensor still talks, only nonsense.
+q, k and v are one matrix, gate and up another: one GEMM instead of three and two. Every tensor of
+the checkpoint is used exactly once, and every one the model needs is there; otherwise the load is
+refused with the names, because a model with a missing tensor still talks, only nonsense.
 
 Called by: runner.py.
 """
