@@ -1,0 +1,68 @@
+"""Sampling noise: a pure function of (seed, position, token id), the same on CPU and GPU.
+
+    keys  = chain(seed, position, A), chain(seed, position, B)              two words a row
+    bits  = mix(mix(token ^ key_0) + key_1)                                 one word a token
+    noise = ((bits >> 9) + 1/2) / 2^23                                      in (0, 1), exact in fp32
+
+mix is `lowbias32` (C. Wellons, hash-prospector: found by search for a low avalanche bias among
+multiply-xorshift hashes), two multiplications a call. A chain folds in the low and the high word of
+seed and of position, one mix each. Two key words, because with one, two rows among 2^16 would be
+expected to draw the same noise.
+
+Invariants:
+1. The same (seed, position, token) gives the same bits in torch and in Triton, on any device,
+   in any batch: a job resumed on another worker draws what it would have drawn.
+2. Noise is strictly between 0 and 1, so both logarithms of the Gumbel transform are finite.
+
+Called by sample.py, and by the CPU engine, which draws noise for the surviving candidates only.
+"""
+
+import torch
+
+_WORD = 0xFFFFFFFF
+#: Start words of the two key chains: the first digits of pi and e, nothing-up-my-sleeve numbers.
+CHAIN_A = 0x3243F6A8
+CHAIN_B = 0x2B7E1516
+
+
+def _mix_reference(word: torch.Tensor) -> torch.Tensor:
+    """Hash 32-bit words held in int64, where a wrapped product keeps its low word right."""
+    word = word ^ (word >> 16)
+    word = word * 0x7FEB352D & _WORD
+    word = word ^ (word >> 15)
+    word = word * 0x846CA68B & _WORD
+    return word ^ (word >> 16)
+
+
+def _key_reference(
+    seeds: torch.Tensor,  # [num_seqs] int64
+    positions: torch.Tensor,  # [num_seqs] int64
+    start: int,
+) -> torch.Tensor:
+    """Fold seed and position into one word a row: [num_seqs] int64."""
+    key = _mix_reference((seeds & _WORD) ^ start)
+    key = _mix_reference(key + (seeds >> 32 & _WORD) & _WORD)
+    key = _mix_reference(key ^ (positions & _WORD))
+    return _mix_reference(key + (positions >> 32 & _WORD) & _WORD)
+
+
+def noise_at_reference(
+    seeds: torch.Tensor,  # [num_seqs] int64
+    positions: torch.Tensor,  # [num_seqs] int64, index of the token to be drawn
+    token_ids: torch.Tensor,  # [num_seqs, k] integer, the tokens whose noise is wanted
+) -> torch.Tensor:
+    """Return the noise of the given tokens: [num_seqs, k] fp32 in (0, 1)."""
+    key_a = _key_reference(seeds, positions, CHAIN_A)[:, None]
+    key_b = _key_reference(seeds, positions, CHAIN_B)[:, None]
+    bits = _mix_reference((token_ids.long() & _WORD) ^ key_a)
+    bits = _mix_reference(bits + key_b & _WORD)
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
+
+
+def noise_reference(
+    seeds: torch.Tensor,  # [num_seqs] int64
+    positions: torch.Tensor,  # [num_seqs] int64
+    vocab: int,
+) -> torch.Tensor:
+    """Return the noise of every token: [num_seqs, vocab] fp32 in (0, 1)."""
+    return noise_at_reference(seeds, positions, torch.arange(vocab, device=seeds.device)[None, :])
