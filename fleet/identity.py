@@ -4,9 +4,9 @@
 |---|---|---|
 | a user of the machine | - | ourselves |
 | a user id without passwd entry | allowed | ourselves, seen by it as `nobody` (a user namespace) |
-| a user id without passwd entry | refused | not at all: FleetError |
+| a user id without passwd entry | refused (Docker's default) | not at all: FleetError |
 | root | allowed | root outside, seen by it as `nobody` |
-| root | refused (Docker's default) | `nobody`, keeping only the right to pass our folders' modes |
+| root | refused (Docker's default) | `nobody`, keeping of root's rights only CAP_DAC_OVERRIDE |
 | root, cluster owned by a user | - | that user, in the same way |
 
 No user is made and no folder's mode is changed: a virtual environment under a 0700 home stays
@@ -47,22 +47,23 @@ class Identity:
     enter: Callable[[], None] | None  # None: nothing to do
 
 
-def choose_identity(cluster: Path) -> Identity:
-    """Choose as whom to run initdb and postgres on `cluster`, which may not exist yet."""
+def choose_identity(cluster: Path, program: Path) -> Identity:
+    """Choose as whom to run `program` (postgres) on `cluster`, which may not exist yet."""
     uid = os.geteuid()
     if uid != 0 and _has_name(uid):
         return Identity(uid, os.getegid(), None)
     if uid == 0 and cluster.exists() and (kept := cluster.stat()).st_uid != 0:
         return Identity(kept.st_uid, kept.st_gid, _become(kept.st_uid, kept.st_gid))
-    if sys.platform == "linux" and _works(enter := _enter_namespace(_nobody())):
+    nobody = _nobody()
+    if sys.platform == "linux" and _works(enter := _enter_namespace(nobody), program):
         return Identity(uid, os.getegid(), enter)
-    if uid == 0:
-        nobody = _nobody()
-        return Identity(nobody.pw_uid, nobody.pw_gid, _become(nobody.pw_uid, nobody.pw_gid))
+    if uid == 0 and _works(enter := _become(nobody.pw_uid, nobody.pw_gid), program):
+        return Identity(nobody.pw_uid, nobody.pw_gid, enter)
     raise FleetError(
-        f"the embedded Postgres cannot run as user id {uid}: the id has no passwd entry, which"
-        " initdb needs, and this machine permits no user namespaces: set HEADRACE_DATABASE_URL to a server"
-        " of your own, or run as a named user"
+        f"the embedded Postgres cannot run for user id {uid}: it refuses root, initdb refuses an id"
+        " without a passwd entry, and this machine permits neither a user namespace nor a change of"
+        f" user to run {program} in: set HEADRACE_DATABASE_URL to a server of your own, or run as a"
+        " named user"
     )
 
 
@@ -85,12 +86,12 @@ def _nobody() -> pwd.struct_passwd:
         ) from None
 
 
-def _works(enter: Callable[[], None]) -> bool:
+def _works(enter: Callable[[], None], program: Path) -> bool:
     try:
-        subprocess.run([sys.executable, "-S", "-c", ""], preexec_fn=enter, check=True)
+        tried = subprocess.run([program, "--version"], capture_output=True, preexec_fn=enter)
     except (subprocess.SubprocessError, OSError):
         return False
-    return True
+    return tried.returncode == 0
 
 
 def _enter_namespace(inside: pwd.struct_passwd) -> Callable[[], None]:

