@@ -26,7 +26,7 @@ HANDOVER_S = 5.0
 POLL_S = 0.02
 
 
-def lock_folder(folder: Path, wait_s: float = HANDOVER_S) -> int:
+def lock_folder(folder: Path, wait_s: float | None = None) -> int:
     """Create `folder` if needed and lock it; return the descriptor that holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def lock_folder(folder: Path, wait_s: float = HANDOVER_S) -> int:
             f"the data folder {folder} cannot be used ({error.strerror}):"
             " choose another one with HEADRACE_DATA_DIR"
         ) from error
-    deadline = time.monotonic() + wait_s
+    deadline = time.monotonic() + (HANDOVER_S if wait_s is None else wait_s)
     while not _try_lock(lock):
         if time.monotonic() > deadline:
             owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
