@@ -1,0 +1,48 @@
+"""Connections to Postgres, and one error for everything that means "not now".
+
+Called by: each process once (`connect`); ledger and accounts (`database_errors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from headrace.contract.errors import DatabaseUnavailable
+
+#: Seconds a statement may take; the longest of ours takes milliseconds.
+STATEMENT_TIMEOUT_S = 15
+#: Seconds a request waits for a free connection, and for a new one to be made.
+CONNECT_TIMEOUT_S = 3
+
+
+def connect(url: str, *, pool_size: int = 5) -> Engine:
+    """Return an engine (lazy: nothing is opened yet) whose connections are checked before use."""
+    return create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=CONNECT_TIMEOUT_S,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "application_name": "headrace",
+            "options": f"-c statement_timeout={STATEMENT_TIMEOUT_S * 1000} -c timezone=UTC",
+        },
+    )
+
+
+@contextmanager
+def database_errors(what: str) -> Generator[None]:
+    """Turn a Postgres that is away, full or restarting into DatabaseUnavailable."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as error:
+        origin = type(getattr(error, "orig", None) or error).__name__
+        raise DatabaseUnavailable(
+            f"{what}: Postgres did not answer ({origin}): try again in a second", retry_after_s=1
+        ) from error

@@ -1,0 +1,194 @@
+"""The error tree that crosses process borders, as code and text, never as a traceback.
+
+    HeadraceError
+    +-- InvalidRequest           400  what the client sent cannot be meant
+    |   +-- UnknownField, WrongType, OutOfRange, InvalidJson, InvalidText, InvalidEventId, ...
+    +-- Unauthenticated          401
+    +-- Forbidden                403
+    +-- NotFound                 404  no such job, or another tenant's: the two are not told apart
+    +-- Conflict                 409  the job's state does not allow it
+    +-- BodyTooLarge             413
+    +-- Unprocessable            422  well-formed, but this fleet cannot do it
+    |   +-- UnknownModel, PromptTooLong, IdempotencyMismatch, ChatTemplateRefused, ...
+    +-- Unavailable              503  Postgres or Redis is away: try again
+    +-- JobFailed                     how a job that was accepted can end (kept in the job's row)
+    +-- ConfigurationError            a process cannot start like this
+
+Each class has `code` (stable, part of the API), `http_status` and `retryable`. The text has three
+parts: what was asked, what was found (both values), what to do.
+
+Called by: everything. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HeadraceError(Exception):
+    code: ClassVar[str] = "internal"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s  # sent as Retry-After where it is set
+
+
+class InvalidRequest(HeadraceError):
+    code = "invalid_request"
+    http_status = 400
+
+
+class InvalidJson(InvalidRequest):
+    code = "invalid_json"
+
+
+class UnknownField(InvalidRequest):
+    code = "unknown_field"
+
+
+class MissingField(InvalidRequest):
+    code = "missing_field"
+
+
+class WrongType(InvalidRequest):
+    code = "wrong_type"
+
+
+class OutOfRange(InvalidRequest):
+    code = "out_of_range"
+
+
+class InvalidText(InvalidRequest):
+    code = "invalid_text"  # not UTF-8, a NUL, or a lone surrogate
+
+
+class PromptChoice(InvalidRequest):
+    code = "prompt_choice"  # not exactly one of prompt, prompt_token_ids, messages
+
+
+class InvalidEventId(InvalidRequest):
+    code = "invalid_event_id"
+
+
+class InvalidCursor(InvalidRequest):
+    code = "invalid_cursor"
+
+
+class InvalidHeader(InvalidRequest):
+    code = "invalid_header"
+
+
+class Unauthenticated(HeadraceError):
+    code = "unauthenticated"
+    http_status = 401
+
+
+class Forbidden(HeadraceError):
+    code = "forbidden"
+    http_status = 403
+
+
+class NotFound(HeadraceError):
+    code = "not_found"
+    http_status = 404
+
+
+class MethodNotAllowed(HeadraceError):
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class Conflict(HeadraceError):
+    code = "conflict"
+    http_status = 409
+
+
+class JobAlreadyEnded(Conflict):
+    code = "job_already_ended"
+
+
+class BodyTooLarge(HeadraceError):
+    code = "body_too_large"
+    http_status = 413
+
+
+class UnsupportedMediaType(HeadraceError):
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class Unprocessable(HeadraceError):
+    code = "unprocessable"
+    http_status = 422
+
+
+class UnknownModel(Unprocessable):
+    code = "unknown_model"
+
+
+class PromptTooLong(Unprocessable):
+    code = "prompt_too_long"
+
+
+class TokenOutOfVocabulary(Unprocessable):
+    code = "token_out_of_vocabulary"
+
+
+class ChatTemplateRefused(Unprocessable):
+    code = "chat_template_refused"
+
+
+class IdempotencyMismatch(Unprocessable):
+    code = "idempotency_mismatch"
+
+
+class Unavailable(HeadraceError):
+    code = "unavailable"
+    http_status = 503
+    retryable = True
+
+
+class DatabaseUnavailable(Unavailable):
+    code = "database_unavailable"
+
+
+class QueueUnavailable(Unavailable):
+    code = "queue_unavailable"
+
+
+class JobFailed(HeadraceError):
+    """How an accepted job can end in `failed` or `expired`; stored as code and text in its row."""
+
+    code = "job_failed"
+
+
+class EngineRefused(JobFailed):
+    code = "engine_refused"  # the sequence can never fit, or the engine could not run it
+
+
+class DeadlineExceeded(JobFailed):
+    code = "deadline_exceeded"
+
+
+class ConfigurationError(HeadraceError):
+    code = "configuration"
+
+
+class StaleAttempt(HeadraceError):
+    """A write by an attempt that a newer one has replaced (invariant 5): dropped and counted."""
+
+    code = "stale_attempt"
+
+
+def all_errors() -> list[type[HeadraceError]]:
+    """Return every class of the tree, in a stable order (docs, and the test of unique codes)."""
+    found: list[type[HeadraceError]] = []
+    stack: list[type[HeadraceError]] = [HeadraceError]
+    while stack:
+        cls = stack.pop()
+        found.append(cls)
+        stack.extend(cls.__subclasses__())
+    return sorted(found, key=lambda cls: cls.code)

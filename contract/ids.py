@@ -1,0 +1,34 @@
+"""Identifiers: UUIDv7 with a prefix, so that ids sort by time and say what they name.
+
+`job_` + 32 hex digits. RFC 9562 section 5.7: 48 bits of milliseconds, 74 random bits.
+
+Called by: gateway (jobs), ledger (keys, tenants), worker (its own name).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+
+_JOB_ID = re.compile(r"job_[0-9a-f]{32}")
+
+
+def uuid7_hex() -> str:
+    """Return a fresh UUIDv7 as 32 hex digits."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    value = (milliseconds & (1 << 48) - 1) << 80
+    value |= 0x7 << 76 | (random >> 68 & 0xFFF) << 64
+    value |= 0b10 << 62 | random & (1 << 62) - 1
+    return f"{value:032x}"
+
+
+def new_id(prefix: str) -> str:
+    """Return `<prefix>_<uuid7>`."""
+    return f"{prefix}_{uuid7_hex()}"
+
+
+def is_job_id(text: str) -> bool:
+    """True when the text has the form of a job id (it may still name no job)."""
+    return _JOB_ID.fullmatch(text) is not None

@@ -1,0 +1,101 @@
+"""Every Redis key and channel of headrace: pattern, type, fields, writer, reader, lifetime.
+
+`{model}` is a hash tag: all keys that one script touches carry the same one, so a Redis Cluster
+keeps them in one slot; a Cluster spreads models, not the jobs of one model. Names of models are
+percent-encoded in it (`model_tag`), so a name can hold neither a brace nor a colon.
+
+Per model, written by the scripts of `streams.py` and `tokens.py` alone:
+
+  hr:{m}:lane:<class>:<priority>:<tenant>   stream, group `workers`
+      one entry a queued or running job: `job` id, `spec` wire.JobSpec, `cost` tokens.
+      writer gateway and tasks (enqueue); reader courier (claim); an entry is deleted when the
+      job ends, so what is in the stream is what is not done. The lease is the entry's idle time
+      in the group's pending list.
+  hr:{m}:lanes     set of lane names that hold entries nobody was given yet      (enqueue, claim)
+  hr:{m}:held      set of lane names with entries that were given and not ended   (claim, end)
+  hr:{m}:served    hash tenant -> tokens served, the scale of fairness            (append, enqueue)
+  hr:{m}:urgent    zset `<lane>|<entry id>`, score = ms at which a deadline makes its lane jump
+  hr:{m}:job:<id>  hash, one a job until JOB_TTL_S after its end:
+      lane, entry  where its stream entry is
+      attempt      the newest attempt's number, the fence (invariant 5)
+      worker       who holds it
+      next         index of the next token of the log
+      gen          which log this is: 0, or the attempt before the one that had to start it anew
+      cancel       set once cancellation was asked
+      end          set once the end record is in the log
+  hr:{m}:log:<id>  list of wire.TokenChunk, then one wire.JobEnd: the token log  (append; follower)
+      lifetime: RUNNING_TTL_S after the last write; LOG_TTL_S after the end (Postgres has it then)
+  hr:{m}:subs:<id> zset gateway shard -> ms until which it wants the job's frames (subscribe)
+
+Fleet-wide:
+
+  hr:worker:<id>   string wire.WorkerBeat, lifetime three beats                   (courier; sweeper)
+  hr:workers       zset worker id -> ms of its last beat                          (courier; gateway)
+  hr:epoch         string: ms at which this Redis was first seen; gone = it was wiped  (sweeper)
+
+Channels (pub/sub; nothing is lost with a message, each has a slower way that finds the same):
+
+  hr:{m}:wake      `work`, or `cancel <job>`: couriers of the model listen
+  hr:shard:<gateway>   frames for one gateway process: u32-prefixed wire messages of its jobs
+"""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+#: The consumer group of every lane.
+GROUP = "workers"
+#: Seconds a running job's log and hash outlive their last write: longer than any sane outage.
+RUNNING_TTL_S = 7 * 24 * 3600
+#: Seconds the log of an ended job stays: time for live subscribers to drain; then Postgres replays.
+LOG_TTL_S = 300
+#: Seconds a job's hash stays after its end, so that a late relay does not enqueue it again.
+JOB_TTL_S = 300
+
+WORKERS = "hr:workers"
+EPOCH = "hr:epoch"
+#: Key prefix of the task queue (Celery), which shares the server.
+CELERY_PREFIX = "hr:celery:"
+
+
+def model_tag(model: str) -> str:
+    """Return the model's name as it stands between the braces of a hash tag."""
+    return quote(model, safe="")
+
+
+def prefix(model: str) -> str:
+    """Return the common beginning of a model's keys; scripts append to it."""
+    return f"hr:{{{model_tag(model)}}}:"
+
+
+def lane(job_class: str, priority: str, tenant: str) -> str:
+    """Return a lane's name, as it stands in `lanes` and behind `lane:`."""
+    return f"{job_class}:{priority}:{tenant}"
+
+
+def lane_stream(model: str, lane_name: str) -> str:
+    return f"{prefix(model)}lane:{lane_name}"
+
+
+def job_hash(model: str, job: str) -> str:
+    return f"{prefix(model)}job:{job}"
+
+
+def token_log(model: str, job: str) -> str:
+    return f"{prefix(model)}log:{job}"
+
+
+def subscribers(model: str, job: str) -> str:
+    return f"{prefix(model)}subs:{job}"
+
+
+def wake_channel(model: str) -> str:
+    return f"{prefix(model)}wake"
+
+
+def shard_channel(shard: str) -> str:
+    return f"hr:shard:{shard}"
+
+
+def worker_beat(worker: str) -> str:
+    return f"hr:worker:{worker}"

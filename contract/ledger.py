@@ -1,0 +1,364 @@
+"""The transactions on jobs: accept, pick up, finish, hand back, cancel, expire.
+
+Invariants:
+1. Accepted means durable: `accept_job` has committed job and outbox row when it returns.
+2. The attempt number is handed out here alone (`pick_up`), so it grows even if Redis is lost.
+3. A job ends once: every ending is one UPDATE that requires the state it ends from and, for a
+   running job, the attempt that ends it. A repeat of the same ending is told so, not refused.
+4. No transaction stays open over anything but its own statements.
+
+The state machine is drawn at wire.JobStatus; each transition is the function named there.
+
+Called by: gateway/jobs, worker/intake, worker/emit, tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Engine, RowMapping, and_, delete, func, insert, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from headrace.contract.database import database_errors
+from headrace.contract.errors import IdempotencyMismatch
+from headrace.contract.records import attempts, idempotency_keys, jobs, outbox
+from headrace.contract.wire import FinishReason, JobStatus
+
+#: Columns of a job but its output, which lists and state checks do not need.
+_SUMMARY = [c for c in jobs.c if not c.key.startswith("output_") or c.key == "output_gen"]
+_OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    job: RowMapping
+    is_replay: bool  # an earlier request with the same Idempotency-Key made it
+
+
+@dataclass(frozen=True, slots=True)
+class PickUp:
+    """A job as its new attempt finds it; `attempt` is None when it had already ended."""
+
+    attempt: int | None
+    status: str
+    is_canceled: bool  # cancellation was asked before this attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt ends its job."""
+
+    status: JobStatus
+    finish_reason: FinishReason
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    gen: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    logprobs: Any = None
+    error_code: str | None = None
+    error_text: str | None = None
+
+
+class Finish(StrEnum):
+    DONE = "done"
+    REPEATED = "repeated"  # this attempt had ended it already
+    STALE = "stale"  # a newer attempt has it, or it ended otherwise
+
+
+class Cancel(StrEnum):
+    CANCELED = "canceled"  # it was queued and has ended
+    REQUESTED = "requested"  # it runs: its worker ends it
+    ENDED = "ended"  # too late
+    MISSING = "missing"
+
+
+class Ledger:
+    """All transactions on jobs, over one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # -- gateway -----------------------------------------------------------------------------
+
+    def accept_job(
+        self, job: dict[str, Any], *, idempotency_key: str | None, request_sha256: bytes
+    ) -> Accepted:
+        """Commit the job and its outbox row; or return the job an earlier same request made.
+
+        Raises IdempotencyMismatch when the key was used for another request.
+        """
+        with database_errors("accept job"), self._engine.begin() as db:
+            if idempotency_key is not None:
+                # Take the key first: a second request waits here until the first has committed.
+                taken = db.execute(
+                    upsert(idempotency_keys)
+                    .values(
+                        tenant_id=job["tenant_id"],
+                        key=idempotency_key,
+                        request_sha256=request_sha256,
+                        job_id=job["id"],
+                    )
+                    .on_conflict_do_nothing()
+                    .returning(idempotency_keys.c.key)
+                ).first()
+                if taken is None:
+                    row = (
+                        db.execute(
+                            select(idempotency_keys.c.request_sha256, *jobs.c)
+                            .join(jobs, jobs.c.id == idempotency_keys.c.job_id)
+                            .where(
+                                idempotency_keys.c.tenant_id == job["tenant_id"],
+                                idempotency_keys.c.key == idempotency_key,
+                            )
+                        )
+                        .mappings()
+                        .one()
+                    )
+                    if bytes(row["request_sha256"]) != request_sha256:
+                        raise IdempotencyMismatch(
+                            f"Idempotency-Key {idempotency_key!r} was used for another request "
+                            f"(job {row['id']}): send the same body, or a new key"
+                        )
+                    return Accepted(row, is_replay=True)
+            row = (
+                db.execute(insert(jobs).values(status=JobStatus.QUEUED, **job).returning(*jobs.c))
+                .mappings()
+                .one()
+            )
+            db.execute(insert(outbox).values(job_id=job["id"]))
+        return Accepted(row, is_replay=False)
+
+    def job(self, job_id: str, *, tenant_id: str | None = None) -> RowMapping | None:
+        """Return a job's whole row; None when there is none, or it is another tenant's."""
+        query = select(jobs).where(jobs.c.id == job_id)
+        if tenant_id is not None:
+            query = query.where(jobs.c.tenant_id == tenant_id)
+        with database_errors("read job"), self._engine.connect() as db:
+            return db.execute(query).mappings().first()
+
+    def summary(self, job_id: str, *, tenant_id: str) -> RowMapping | None:
+        """Return a job's row without its output."""
+        query = select(*_SUMMARY).where(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id)
+        with database_errors("read job"), self._engine.connect() as db:
+            return db.execute(query).mappings().first()
+
+    def list_jobs(
+        self,
+        tenant_id: str,
+        *,
+        limit: int,
+        before: str | None = None,
+        status: Sequence[str] | None = None,
+        model: str | None = None,
+        job_class: str | None = None,
+    ) -> Sequence[RowMapping]:
+        """Return the tenant's jobs, newest first, older than the job `before`, without output."""
+        query = select(*_SUMMARY).where(jobs.c.tenant_id == tenant_id)
+        if before is not None:
+            query = query.where(jobs.c.id < before)
+        if status:
+            query = query.where(jobs.c.status.in_(status))
+        if model is not None:
+            query = query.where(jobs.c.model == model)
+        if job_class is not None:
+            query = query.where(jobs.c.job_class == job_class)
+        with database_errors("list jobs"), self._engine.connect() as db:
+            return db.execute(query.order_by(jobs.c.id.desc()).limit(limit)).mappings().all()
+
+    def request_cancel(self, job_id: str, *, tenant_id: str) -> Cancel:
+        """End a queued job as canceled, or mark a running one for its worker."""
+        mine = and_(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id)
+        with database_errors("cancel job"), self._engine.begin() as db:
+            # Locked, so that a pickup between reading and writing cannot be missed.
+            row = db.execute(select(jobs.c.status).where(mine).with_for_update()).first()
+            if row is None:
+                return Cancel.MISSING
+            if JobStatus(row.status).is_terminal:
+                return Cancel.ENDED
+            values: dict[str, Any] = {
+                "cancel_requested_at": func.coalesce(jobs.c.cancel_requested_at, func.now())
+            }
+            if row.status == JobStatus.QUEUED:
+                values |= {
+                    "status": JobStatus.CANCELED,
+                    "finish_reason": FinishReason.CANCELED,
+                    "finished_at": func.now(),
+                }
+            db.execute(update(jobs).where(mine).values(**values))
+        return Cancel.CANCELED if row.status == JobStatus.QUEUED else Cancel.REQUESTED
+
+    # -- worker ------------------------------------------------------------------------------
+
+    def pick_up(self, job_ids: Sequence[str], worker: str) -> dict[str, PickUp | None]:
+        """Begin a new attempt at each job; None for an id that has no row."""
+        found: dict[str, PickUp | None] = dict.fromkeys(job_ids)
+        with database_errors("pick up jobs"), self._engine.begin() as db:
+            started = db.execute(
+                update(jobs)
+                .where(jobs.c.id.in_(job_ids), jobs.c.status.in_(_OPEN))
+                .values(
+                    status=JobStatus.RUNNING,
+                    attempt=jobs.c.attempt + 1,
+                    worker=worker,
+                    started_at=func.coalesce(jobs.c.started_at, func.now()),
+                )
+                .returning(jobs.c.id, jobs.c.attempt, jobs.c.status, jobs.c.cancel_requested_at)
+            ).all()
+            for row in started:
+                found[row.id] = PickUp(row.attempt, row.status, row.cancel_requested_at is not None)
+            if started:
+                db.execute(
+                    insert(attempts),
+                    [{"job_id": r.id, "number": r.attempt, "worker": worker} for r in started],
+                )
+            others = [job_id for job_id in job_ids if found[job_id] is None]
+            if others:
+                rows = db.execute(select(jobs.c.id, jobs.c.status).where(jobs.c.id.in_(others)))
+                for row in rows.all():
+                    found[row.id] = PickUp(None, row.status, False)
+        return found
+
+    def finish(self, job_id: str, attempt: int, ending: Ending) -> Finish:
+        """End a running job with its output; only its newest attempt may. Safe to repeat."""
+        values: dict[str, Any] = {
+            "status": ending.status,
+            "finish_reason": ending.finish_reason,
+            "finished_at": func.now(),
+            "prompt_tokens": ending.prompt_tokens,
+            "cached_tokens": ending.cached_tokens,
+            "output_text": ending.text,
+            "output_token_ids": list(ending.token_ids),
+            "output_ends": list(ending.ends),
+            "output_logprobs": ending.logprobs,
+            "output_gen": ending.gen,
+            "error_code": ending.error_code,
+            "error_text": ending.error_text,
+        }
+        this = and_(jobs.c.id == job_id, jobs.c.attempt == attempt)
+        with database_errors(f"finish {job_id}"), self._engine.begin() as db:
+            done = db.execute(
+                update(jobs).where(this, jobs.c.status == JobStatus.RUNNING).values(**values)
+            )
+            if not done.rowcount:
+                row = db.execute(select(jobs.c.status).where(this)).first()
+                is_mine = row is not None and row.status == ending.status
+                return Finish.REPEATED if is_mine else Finish.STALE
+            self._end_attempt(db, job_id, attempt, ending.status)
+        return Finish.DONE
+
+    def hand_back(self, job_id: str, attempt: int) -> bool:
+        """Return a running job to the queue (drain); False when the attempt is stale."""
+        with database_errors(f"hand back {job_id}"), self._engine.begin() as db:
+            done = db.execute(
+                update(jobs)
+                .where(
+                    jobs.c.id == job_id,
+                    jobs.c.attempt == attempt,
+                    jobs.c.status == JobStatus.RUNNING,
+                )
+                .values(status=JobStatus.QUEUED, worker=None)
+            )
+            if done.rowcount:
+                self._end_attempt(db, job_id, attempt, "handed_back")
+        return bool(done.rowcount)
+
+    @staticmethod
+    def _end_attempt(db: Any, job_id: str, attempt: int, outcome: str) -> None:
+        db.execute(
+            update(attempts)
+            .where(attempts.c.job_id == job_id, attempts.c.number == attempt)
+            .values(ended_at=func.now(), outcome=outcome)
+        )
+
+    # -- tasks -------------------------------------------------------------------------------
+
+    def outbox_jobs(self, *, older_than_s: float, limit: int) -> Sequence[RowMapping]:
+        """Return the jobs whose enqueue nobody has confirmed, oldest first."""
+        query = (
+            select(*_SUMMARY, outbox.c.id.label("outbox_id"))
+            .join(outbox, outbox.c.job_id == jobs.c.id)
+            .where(
+                outbox.c.created_at
+                < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)
+            )
+            .order_by(outbox.c.id)
+            .limit(limit)
+        )
+        with database_errors("read outbox"), self._engine.connect() as db:
+            return db.execute(query).mappings().all()
+
+    def outbox_done(self, job_ids: Sequence[str]) -> None:
+        """Forget outbox rows whose jobs are enqueued (or need not be)."""
+        if job_ids:
+            with database_errors("clear outbox"), self._engine.begin() as db:
+                db.execute(delete(outbox).where(outbox.c.job_id.in_(job_ids)))
+
+    def open_jobs(self, *, after: str, limit: int) -> Sequence[RowMapping]:
+        """Return queued and running jobs with ids after `after`, in order of age."""
+        query = (
+            select(*_SUMMARY)
+            .where(jobs.c.status.in_(_OPEN), jobs.c.id > after)
+            .order_by(jobs.c.id)
+            .limit(limit)
+        )
+        with database_errors("read open jobs"), self._engine.connect() as db:
+            return db.execute(query).mappings().all()
+
+    def expire_queued(self, *, limit: int) -> Sequence[RowMapping]:
+        """End queued jobs whose deadline has passed; returns them (id, model, attempt)."""
+        overdue = (
+            select(jobs.c.id)
+            .where(jobs.c.status == JobStatus.QUEUED, jobs.c.deadline_at <= func.now())
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        return self._end_queued(
+            jobs.c.id.in_(overdue),
+            JobStatus.EXPIRED,
+            FinishReason.EXPIRED,
+            "deadline_exceeded",
+            "the job's deadline passed before a worker could start it",
+        )
+
+    def finish_queued(self, job_id: str, *, error_code: str, error_text: str) -> bool:
+        """End a job no attempt can run (its entry cannot be read) as failed."""
+        return bool(
+            self._end_queued(
+                jobs.c.id == job_id, JobStatus.FAILED, FinishReason.ERROR, error_code, error_text
+            )
+        )
+
+    def _end_queued(
+        self, where: Any, status: JobStatus, reason: FinishReason, code: str, text: str
+    ) -> Sequence[RowMapping]:
+        statement = (
+            update(jobs)
+            .where(where, jobs.c.status == JobStatus.QUEUED)
+            .values(
+                status=status,
+                finish_reason=reason,
+                error_code=code,
+                error_text=text,
+                finished_at=func.now(),
+            )
+            .returning(jobs.c.id, jobs.c.model, jobs.c.attempt)
+        )
+        with database_errors("end queued jobs"), self._engine.begin() as db:
+            return db.execute(statement).mappings().all()
+
+    def delete_ended(self, *, before: datetime, limit: int) -> int:
+        """Delete jobs that ended before a time, with all that hangs on them."""
+        old = select(jobs.c.id).where(jobs.c.finished_at < before).limit(limit)
+        with database_errors("retention"), self._engine.begin() as db:
+            return db.execute(delete(jobs).where(jobs.c.id.in_(old))).rowcount
+
+    def ping(self) -> None:
+        """Raise DatabaseUnavailable unless Postgres answers."""
+        with database_errors("ping"), self._engine.connect() as db:
+            db.execute(select(1))

@@ -1,0 +1,157 @@
+"""The tables of Postgres, the authority on every job (design invariant 2).
+
+A job's row holds what was asked and how it ended; while it runs, its tokens are in the token log
+and only its state is here. Ids are UUIDv7 with a prefix, so `ORDER BY id` is by age. Times are
+`timestamptz`, set by the server. Migrations (migrations/versions) make these tables; a test
+compares the two.
+
+Called by: ledger.py, migrations/env.py.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_OPEN = "status in ('queued', 'running')"
+
+
+def _now() -> Column[object]:
+    return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    _now(),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("prefix", Text, nullable=False, unique=True),  # the part that is looked up, not secret
+    Column("secret_sha256", LargeBinary, nullable=False),  # of 192 random bits: no salt needed
+    _now(),
+    Column("revoked_at", DateTime(timezone=True)),
+    Column("last_used_at", DateTime(timezone=True)),  # to the minute
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("card", JSONB(), nullable=False),  # wire.ModelCard
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.id"), nullable=False),
+    Column("key_id", Text, ForeignKey("api_keys.id"), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("class", Text, nullable=False, key="job_class"),
+    Column("priority", Text, nullable=False),
+    Column("input", JSONB(), nullable=False),  # {"prompt" | "prompt_token_ids" | "messages": ...}
+    Column("sampling", JSONB(), nullable=False),  # wire.Sampling, seed filled in
+    Column("metadata", JSONB(), nullable=False, key="meta"),
+    Column("cost_tokens", Integer, nullable=False),  # prompt estimate + max_tokens
+    _now(),
+    Column("deadline_at", DateTime(timezone=True)),
+    Column("status", Text, nullable=False),  # wire.JobStatus: who may change it is said there
+    Column("attempt", Integer, nullable=False, server_default=text("0")),  # the fence
+    Column("worker", Text),
+    Column("started_at", DateTime(timezone=True)),  # of the first attempt
+    Column("cancel_requested_at", DateTime(timezone=True)),
+    Column("finished_at", DateTime(timezone=True)),
+    Column("finish_reason", Text),
+    Column("error_code", Text),
+    Column("error_text", Text),
+    Column("prompt_tokens", Integer),
+    Column("cached_tokens", Integer),
+    Column("output_text", Text),
+    Column("output_token_ids", ARRAY(Integer)),
+    Column("output_ends", ARRAY(Integer)),  # length of the text after each token, characters
+    Column("output_logprobs", JSONB()),
+    Column("output_gen", Integer),  # which log it was (keys.py): resumes are checked against it
+    CheckConstraint(
+        "status in ('queued', 'running', 'succeeded', 'failed', 'canceled', 'expired')",
+        name="status",
+    ),
+    CheckConstraint(f"({_OPEN}) = (finished_at is null)", name="ended"),
+    Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+    Index("ix_jobs_open", "id", postgresql_where=text(_OPEN)),
+    Index(
+        "ix_jobs_deadline",
+        "deadline_at",
+        postgresql_where=text("status = 'queued' and deadline_at is not null"),
+    ),
+    Index("ix_jobs_finished_at", "finished_at", postgresql_where=text("finished_at is not null")),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("worker", Text, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("ended_at", DateTime(timezone=True)),  # null: running, or replaced by a newer attempt
+    Column("outcome", Text),  # a terminal status, or handed_back
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
+    _now(),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("tenant_id", Text, ForeignKey("tenants.id"), primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("request_sha256", LargeBinary, nullable=False),
+    # Checked at commit: the key is taken before the job is written, so that a second request waits.
+    Column(
+        "job_id",
+        Text,
+        ForeignKey("jobs.id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        nullable=False,
+    ),
+    _now(),
+    Index("ix_idempotency_keys_job_id", "job_id"),
+)

@@ -1,0 +1,360 @@
+"""The Lua scripts of `streams.py` and `tokens.py`: each operation whole or not at all.
+
+Keys are those of `keys.py`, built from the prefix in ARGV[1]; KEYS[1] only routes a script to the
+slot of its model. Times are the server's. Every script may be run again after an error whose
+outcome is unknown; what a repeat does is said where it is not obvious.
+
+Called by: contract.streams (lanes), contract.tokens (logs), and nothing else.
+"""
+
+ENQUEUE = """
+-- KEYS 1 lanes | ARGV prefix job lane tenant spec cost urgent_ms ttl_s
+local P, job, lane, tenant = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local hash, stream = P..'job:'..job, P..'lane:'..lane
+if redis.call('HEXISTS', hash, 'lane') == 1 then return 0 end
+if redis.call('EXISTS', stream) == 0 then
+  redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+end
+local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[5], 'cost', ARGV[6])
+redis.call('HSET', hash, 'lane', lane, 'entry', id)
+redis.call('EXPIRE', hash, ARGV[8])
+if redis.call('SISMEMBER', P..'lanes', lane) == 0 then
+  local least, present = nil, false
+  for _, other in ipairs(redis.call('SMEMBERS', P..'lanes')) do
+    local t = other:match('^[^:]*:[^:]*:(.*)$')
+    if t == tenant then present = true end
+    local s = tonumber(redis.call('HGET', P..'served', t) or '0')
+    if not least or s < least then least = s end
+  end
+  if not present and least then
+    local own = tonumber(redis.call('HGET', P..'served', tenant) or '0')
+    if own < least then redis.call('HSET', P..'served', tenant, least) end
+  end
+  redis.call('SADD', P..'lanes', lane)
+end
+if ARGV[7] ~= '' then redis.call('ZADD', P..'urgent', ARGV[7], lane..'|'..id) end
+redis.call('PUBLISH', P..'wake', 'work')
+return 1
+"""
+
+CLAIM = """
+-- KEYS 1 lanes | ARGV prefix consumer lease_ms room max_jobs is_idle
+local P, me, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local room, left, idle = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] == '1'
+local now = redis.call('TIME')
+now = tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000)
+local given = {}
+
+local function fields(entry)
+  local f = {}
+  for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
+  return f
+end
+local function id_after(a, b)  -- stream ids as numbers: a > b
+  local am, as = a:match('^(%d+)-(%d+)$')
+  local bm, bs = b:match('^(%d+)-(%d+)$')
+  am, as, bm, bs = tonumber(am), tonumber(as), tonumber(bm), tonumber(bs)
+  return am > bm or (am == bm and as > bs)
+end
+local function fits(cost)
+  if cost <= room then return true end
+  return idle and #given == 0  -- alone it may have the whole pool; the engine judges the rest
+end
+local function give(kind, lane, id, f)
+  given[#given + 1] = {kind, lane, id, f.job, f.spec, f.cost}
+  room, left = room - tonumber(f.cost), left - 1
+end
+local function is_current(lane, id, f)
+  if redis.call('HGET', P..'job:'..f.job, 'entry') == id then return true end
+  redis.call('XACK', P..'lane:'..lane, 'workers', id)
+  redis.call('XDEL', P..'lane:'..lane, id)
+  return false
+end
+
+for _, lane in ipairs(redis.call('SMEMBERS', P..'held')) do
+  if left <= 0 then return {given, 0} end
+  local stream = P..'lane:'..lane
+  if redis.call('EXISTS', stream) == 0 then
+    redis.call('SREM', P..'held', lane)
+  else
+    for _, p in ipairs(redis.call('XPENDING', stream, 'workers', 'IDLE', lease, '-', '+', left)) do
+      local entry = redis.call('XRANGE', stream, p[1], p[1])[1]
+      if not entry then
+        redis.call('XACK', stream, 'workers', p[1])
+      else
+        local f = fields(entry)
+        if is_current(lane, p[1], f) then
+          if not fits(tonumber(f.cost)) then return {given, 1} end
+          redis.call('XCLAIM', stream, 'workers', me, lease, p[1])
+          give('takeover', lane, p[1], f)
+        end
+      end
+    end
+  end
+end
+
+local function head(lane)  -- the lane's oldest entry nobody was given
+  local stream = P..'lane:'..lane
+  if redis.call('EXISTS', stream) == 0 then return nil, '0-0' end
+  local last = '0-0'
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    for i = 1, #group, 2 do
+      if group[i] == 'last-delivered-id' then last = group[i + 1] end
+    end
+  end
+  return redis.call('XRANGE', stream, '('..last, '+', 'COUNT', 1)[1], last
+end
+local charged = {}  -- what this call gave, so that one call shares too
+local function next_lane()
+  local due = redis.call('ZRANGEBYSCORE', P..'urgent', '-inf', now, 'LIMIT', 0, 16)
+  for _, member in ipairs(due) do
+    local lane, id = member:match('^(.*)|([^|]*)$')
+    local entry, last = head(lane)
+    if entry and id_after(id, last) then return lane end
+    redis.call('ZREM', P..'urgent', member)
+  end
+  local class_rank = {interactive = 0, batch = 1}
+  local priority_rank = {high = 0, normal = 1, low = 2}
+  local best, best_key = nil, nil
+  for _, lane in ipairs(redis.call('SMEMBERS', P..'lanes')) do
+    local class, priority, tenant = lane:match('^([^:]*):([^:]*):(.*)$')
+    local served = tonumber(redis.call('HGET', P..'served', tenant) or '0')
+    served = served + (charged[tenant] or 0)
+    local key = {class_rank[class] or 9, served, priority_rank[priority] or 9, lane}
+    if not best_key then best, best_key = lane, key end
+    for i = 1, 4 do
+      if key[i] < best_key[i] then best, best_key = lane, key break end
+      if key[i] > best_key[i] then break end
+    end
+  end
+  return best
+end
+
+while left > 0 do
+  local lane = next_lane()
+  if not lane then return {given, 0} end
+  local entry = head(lane)
+  if not entry then
+    redis.call('SREM', P..'lanes', lane)
+  else
+    local f = fields(entry)
+    if not fits(tonumber(f.cost)) then return {given, 1} end
+    redis.call('XREADGROUP', 'GROUP', 'workers', me, 'COUNT', 1, 'STREAMS', P..'lane:'..lane, '>')
+    if is_current(lane, entry[1], f) then
+      redis.call('SADD', P..'held', lane)
+      local tenant = lane:match('^[^:]*:[^:]*:(.*)$')
+      charged[tenant] = (charged[tenant] or 0) + tonumber(f.cost)
+      give('new', lane, entry[1], f)
+    end
+  end
+end
+return {given, 0}
+"""
+
+RENEW = """
+-- KEYS 1 lanes | ARGV prefix consumer ttl_s (job attempt)...
+local P, me, out = ARGV[1], ARGV[2], {}
+for i = 4, #ARGV, 2 do
+  local hash = P..'job:'..ARGV[i]
+  local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry', 'cancel')
+  local state = 'held'
+  if not h[1] or not h[2] then state = 'gone'
+  elseif h[1] ~= ARGV[i + 1] then state = 'lost'
+  else
+    local ok = redis.pcall('XCLAIM', P..'lane:'..h[2], 'workers', me, 0, h[3], 'JUSTID')
+    if ok.err or #ok == 0 then state = 'gone'
+    else
+      redis.call('EXPIRE', hash, ARGV[3])
+      if h[4] then state = 'cancel' end
+    end
+  end
+  out[#out + 1] = state
+end
+return out
+"""
+
+FINISH = """
+-- KEYS 1 lanes | ARGV prefix ttl_s (job entry)...     entry '' = whatever the hash names
+local P = ARGV[1]
+for i = 3, #ARGV, 2 do
+  local hash = P..'job:'..ARGV[i]
+  local h = redis.call('HMGET', hash, 'lane', 'entry')
+  local id = ARGV[i + 1]
+  if h[1] and (id == '' or id == h[2]) then
+    local stream = P..'lane:'..h[1]
+    if redis.call('EXISTS', stream) == 1 then
+      redis.call('XACK', stream, 'workers', h[2])
+      redis.call('XDEL', stream, h[2])
+      if redis.call('XLEN', stream) == 0 then
+        redis.call('DEL', stream)
+        redis.call('SREM', P..'lanes', h[1])
+        redis.call('SREM', P..'held', h[1])
+      elseif redis.call('XPENDING', stream, 'workers')[1] == 0 then
+        redis.call('SREM', P..'held', h[1])
+      end
+    end
+    redis.call('ZREM', P..'urgent', h[1]..'|'..h[2])
+    redis.call('EXPIRE', hash, ARGV[2])
+  end
+end
+return 1
+"""
+
+HAND_BACK = """
+-- KEYS 1 lanes | ARGV prefix job attempt
+-- The entry stays pending under nobody with an endless idle time: the next claim takes it first.
+local P, hash = ARGV[1], ARGV[1]..'job:'..ARGV[2]
+local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry')
+if not h[2] or (h[1] and tonumber(h[1]) > tonumber(ARGV[3])) then return 0 end
+redis.pcall('XCLAIM', P..'lane:'..h[2], 'workers', 'nobody', 0, h[3],
+            'IDLE', 1000000000, 'JUSTID')
+redis.call('PUBLISH', P..'wake', 'work')
+return 1
+"""
+
+CANCEL = """
+-- KEYS 1 lanes | ARGV prefix job
+if redis.call('EXISTS', ARGV[1]..'job:'..ARGV[2]) == 1 then
+  redis.call('HSET', ARGV[1]..'job:'..ARGV[2], 'cancel', '1')
+end
+redis.call('PUBLISH', ARGV[1]..'wake', 'cancel '..ARGV[2])
+return 1
+"""
+
+RESTORE = """
+-- KEYS 1 lanes | ARGV prefix consumer job attempt gen next lane spec cost ttl_s log...
+-- This Redis lost the job while its worker ran on: the worker puts back what it knows.
+local P, job, attempt = ARGV[1], ARGV[3], tonumber(ARGV[4])
+local hash = P..'job:'..job
+local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry')
+if h[1] and tonumber(h[1]) > attempt then return 0 end
+if h[2] then  -- a relay enqueued it again meanwhile: that entry goes, ours replaces it
+  redis.pcall('XACK', P..'lane:'..h[2], 'workers', h[3])
+  redis.pcall('XDEL', P..'lane:'..h[2], h[3])
+end
+local lane, stream = ARGV[7], P..'lane:'..ARGV[7]
+if redis.call('EXISTS', stream) == 0 then
+  redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+end
+-- Only restored entries go to this lane, and each is read at once, so '>' is exactly this one.
+local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[8], 'cost', ARGV[9])
+redis.call('XREADGROUP', 'GROUP', 'workers', ARGV[2], 'STREAMS', stream, '>')
+redis.call('SADD', P..'held', lane)
+redis.call('HSET', hash, 'lane', lane, 'entry', id, 'attempt', attempt, 'gen', ARGV[5],
+           'next', ARGV[6], 'worker', ARGV[2])
+redis.call('EXPIRE', hash, ARGV[10])
+redis.call('DEL', P..'log:'..job)
+for i = 11, #ARGV do redis.call('RPUSH', P..'log:'..job, ARGV[i]) end
+redis.call('EXPIRE', P..'log:'..job, ARGV[10])
+return 1
+"""
+
+_SHARDS = """
+local now = redis.call('TIME')
+now = tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000)
+local frames = {}
+local function send(job, payload)  -- collect for each shard that wants the job's messages
+  for _, shard in ipairs(redis.call('ZRANGEBYSCORE', P..'subs:'..job, now, '+inf')) do
+    local frame = frames[shard]
+    if not frame then frame = {} frames[shard] = frame end
+    frame[#frame + 1] = struct.pack('>I4', #payload)..payload
+  end
+end
+local function flush()
+  for shard, parts in pairs(frames) do
+    redis.call('PUBLISH', SHARD..shard, table.concat(parts))
+  end
+end
+"""
+
+FENCE = """
+-- KEYS 1 lanes | ARGV prefix job attempt worker ttl_s
+local P, job, attempt = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local hash = P..'job:'..job
+local h = redis.call('HMGET', hash, 'attempt', 'gen', 'next', 'cancel', 'end')
+if h[1] and tonumber(h[1]) > attempt then return {0} end
+local gen, log = h[2], redis.call('LRANGE', P..'log:'..job, 0, -1)
+if gen and tonumber(h[3] or '0') > 0 and #log == 0 then gen = nil end  -- the log was evicted
+if not gen then
+  gen = tostring(attempt - 1)
+  log = {}
+  redis.call('DEL', P..'log:'..job)
+  redis.call('HSET', hash, 'gen', gen, 'next', 0)
+end
+redis.call('HSET', hash, 'attempt', attempt, 'worker', ARGV[4])
+redis.call('EXPIRE', hash, ARGV[5])
+return {1, tonumber(gen), h[4] and 1 or 0, log}
+"""
+
+APPEND = (
+    """
+-- KEYS 1 lanes | ARGV prefix shard_prefix ttl_s (job tenant attempt first count payload)...
+local P, SHARD, out = ARGV[1], ARGV[2], {}
+"""
+    + _SHARDS
+    + """
+for i = 4, #ARGV, 6 do
+  local job, first, count = ARGV[i], tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
+  local hash = P..'job:'..job
+  local h = redis.call('HMGET', hash, 'attempt', 'next', 'end')
+  local state
+  if not h[1] then state = 3
+  elseif h[1] ~= ARGV[i + 2] or h[3] then state = 2
+  else
+    local next_index = tonumber(h[2] or '0')
+    if first + count <= next_index then state = 1
+    elseif first ~= next_index then state = 3
+    else
+      state = 0
+      redis.call('RPUSH', P..'log:'..job, ARGV[i + 5])
+      redis.call('HSET', hash, 'next', first + count)
+      if first == 0 then redis.call('EXPIRE', P..'log:'..job, ARGV[3]) end
+      redis.call('HINCRBY', P..'served', ARGV[i + 1], count)
+      send(job, ARGV[i + 5])
+    end
+  end
+  out[#out + 1] = state
+end
+flush()
+return out
+"""
+)
+
+ANNOUNCE = (
+    """
+-- KEYS 1 lanes | ARGV prefix shard_prefix (job attempt payload)...
+local P, SHARD = ARGV[1], ARGV[2]
+"""
+    + _SHARDS
+    + """
+for i = 3, #ARGV, 3 do
+  if redis.call('HGET', P..'job:'..ARGV[i], 'attempt') == ARGV[i + 1] then
+    send(ARGV[i], ARGV[i + 2])
+  end
+end
+flush()
+return 1
+"""
+)
+
+END = (
+    """
+-- KEYS 1 lanes | ARGV prefix shard_prefix ttl_s hash_ttl_s (job payload)...
+-- Postgres has accepted this end, so it is the truth whatever attempt the hash names.
+local P, SHARD = ARGV[1], ARGV[2]
+"""
+    + _SHARDS
+    + """
+for i = 5, #ARGV, 2 do
+  local job, hash = ARGV[i], P..'job:'..ARGV[i]
+  if redis.call('HSETNX', hash, 'end', '1') == 1 then
+    redis.call('RPUSH', P..'log:'..job, ARGV[i + 1])
+    send(job, ARGV[i + 1])
+  end
+  redis.call('EXPIRE', P..'log:'..job, ARGV[3])
+  redis.call('EXPIRE', hash, ARGV[4])
+end
+flush()
+return 1
+"""
+)

@@ -1,0 +1,232 @@
+"""One frozen, typed settings object per process, read once from the environment.
+
+Invariants:
+1. Only `from_env` turns an environment into settings; nothing else in headrace reads `os.environ`.
+2. An unknown `HEADRACE_*` variable is an error: a typo must not mean "default". A variable that
+   another process's settings know is no error, because one environment file serves all services.
+3. Secrets have no default; where the process needs one and it is missing, it does not start.
+   `HEADRACE_X_FILE` names a file to read `HEADRACE_X` from (Docker and systemd secrets).
+4. Every field has a unit in its name or text, a default (or is required), a range and a sentence;
+   README's settings table is these fields (tests/contract/test_settings.py).
+
+Called by: each `__main__` and `create_app`, once; slices are passed down from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from headrace.contract.errors import ConfigurationError
+
+PREFIX = "HEADRACE_"
+
+
+class Settings(BaseModel):
+    """Base of the settings classes: frozen, no unknown fields, built by `from_env`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    registry: ClassVar[list[type[Settings]]] = []
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)  # type: ignore[arg-type]
+        Settings.registry.append(cls)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Self:
+        """Build the settings from `HEADRACE_*` variables, or say in one text what is wrong."""
+        given = _read_secret_files(environ)
+        known = {_variable(name) for other in Settings.registry for name in other.model_fields}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ConfigurationError(
+                f"environment has {', '.join(unknown)}; headrace knows no such setting: "
+                "correct the name (README lists them) or unset it"
+            )
+        values = {
+            name: given[_variable(name)] for name in cls.model_fields if _variable(name) in given
+        }
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [
+                f"{_variable(str(e['loc'][0]) if e['loc'] else '?')}: {e['msg']}"
+                for e in error.errors(include_input=False, include_url=False)
+            ]
+            raise ConfigurationError("settings refused: " + "; ".join(lines)) from None
+
+    def to_env(self) -> dict[str, str]:
+        """Return the variables that make a child process read these same values."""
+        values: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            if value is not None:
+                values[_variable(name)] = str(value)
+        return values
+
+
+def _variable(field: str) -> str:
+    return PREFIX + field.upper()
+
+
+def _read_secret_files(environ: Mapping[str, str]) -> dict[str, str]:
+    given = {k: v for k, v in environ.items() if k.startswith(PREFIX)}
+    for variable in [k for k in given if k.endswith("_FILE")]:
+        path = Path(given.pop(variable))
+        try:
+            given[variable.removesuffix("_FILE")] = path.read_text().strip()
+        except OSError as error:
+            raise ConfigurationError(
+                f"{variable} names {path}; it cannot be read ({error.strerror}): correct the path"
+            ) from None
+    return given
+
+
+class StoreSettings(Settings):
+    """Where Redis and Postgres are: what every process but the engine needs."""
+
+    redis_url: Annotated[
+        SecretStr, Field(description="Redis or Valkey >= 7.0, `redis://[:password@]host:port/0`.")
+    ]
+    database_url: Annotated[
+        SecretStr,
+        Field(description="Postgres >= 14, `postgresql+psycopg://user:password@host:port/name`."),
+    ]
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        Field(description="Least severe log line that is written."),
+    ] = "INFO"
+    lease_s: Annotated[
+        float,
+        Field(gt=0, le=600, description="A worker silent for this long loses its jobs, seconds."),
+    ] = 10.0
+
+
+class GatewaySettings(StoreSettings):
+    """The gateway's own settings."""
+
+    bind: Annotated[str, Field(description="Address the HTTP server listens on.")] = (
+        "127.0.0.1:8080"
+    )
+    gateway_processes: Annotated[
+        int, Field(ge=1, le=64, description="gunicorn worker processes.")
+    ] = 1
+    max_connections: Annotated[
+        int, Field(ge=10, le=100_000, description="Open connections (and streams) a process holds.")
+    ] = 12_000
+    max_body_bytes: Annotated[
+        int, Field(ge=1_024, le=1 << 30, description="Largest request body, bytes.")
+    ] = 4 << 20
+    max_json_depth: Annotated[
+        int, Field(ge=4, le=200, description="Deepest nesting of a JSON body, levels.")
+    ] = 32
+    max_wait_s: Annotated[
+        int, Field(ge=0, le=600, description="Longest `Prefer: wait=N` that is honoured, seconds.")
+    ] = 60
+    heartbeat_s: Annotated[
+        float,
+        Field(gt=0, le=120, description="Comment line on a silent event stream, every seconds."),
+    ] = 10.0
+    db_pool_size: Annotated[
+        int, Field(ge=1, le=200, description="Postgres connections a gateway process keeps.")
+    ] = 16
+
+
+class WorkerSettings(StoreSettings):
+    """Courier and engine of one worker."""
+
+    model: Annotated[
+        str,
+        Field(description="Folder of the model in `transformers` format; empty: the embedded one."),
+    ] = ""
+    model_name: Annotated[
+        str, Field(description="Name clients ask for; empty: the folder's name.")
+    ] = ""
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="Weights and KV cache; auto: the model's own."),
+    ] = "auto"
+    engine_threads: Annotated[
+        int,
+        Field(ge=0, le=256, description="CPU threads of the engine; 0: half the cores it may use."),
+    ] = 0
+    kv_cache_mb: Annotated[
+        int, Field(ge=1, le=4_000_000, description="Memory of the KV pool, MiB.")
+    ] = 1024
+    block_size: Annotated[
+        int, Field(ge=8, le=256, description="Tokens in one KV block (a power of two).")
+    ] = 64
+    max_seq_tokens: Annotated[
+        int,
+        Field(ge=0, le=1 << 20, description="Longest prompt + output, tokens; 0: the model's own."),
+    ] = 0
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096, description="Sequences running at once.")] = (
+        64
+    )
+    max_step_tokens: Annotated[
+        int, Field(ge=16, le=65_536, description="Token budget of one engine step.")
+    ] = 512
+    flush_ms: Annotated[
+        float,
+        Field(ge=0, le=1000, description="Tokens are logged and published at most this late, ms."),
+    ] = 20.0
+    drain_s: Annotated[
+        float,
+        Field(ge=0, le=3600, description="After SIGTERM running jobs have this long, seconds."),
+    ] = 30.0
+    step_timeout_s: Annotated[
+        float,
+        Field(gt=0, le=3600, description="An engine with work and no step for this long is ended."),
+    ] = 30.0
+    worker_id: Annotated[
+        str, Field(description="Name of this worker; empty: host name and a random part.")
+    ] = ""
+    metrics_bind: Annotated[
+        str, Field(description="Address of the worker's own /metrics; empty: none.")
+    ] = ""
+    runner: Annotated[
+        Literal["model", "stub"],
+        Field(description="stub: tokens from a pure function, no model (fault tests)."),
+    ] = "model"
+
+
+class TasksSettings(StoreSettings):
+    """Relay, sweeper, deadlines and retention (Celery)."""
+
+    relay_every_s: Annotated[
+        float, Field(gt=0, le=60, description="Outbox relay: every seconds.")
+    ] = 1.0
+    sweep_every_s: Annotated[
+        float, Field(gt=0, le=600, description="Sweeper and deadlines: every seconds.")
+    ] = 2.0
+    retention_days: Annotated[
+        int, Field(ge=1, le=3650, description="Ended jobs are deleted after so many days.")
+    ] = 30
+
+
+class FleetSettings(Settings):
+    """`headrace up` and the CLI: where the embedded parts live and where the API is."""
+
+    redis_url: Annotated[
+        SecretStr, Field(description="A Redis to use; empty: `up` starts an embedded Valkey.")
+    ] = SecretStr("")
+    database_url: Annotated[
+        SecretStr, Field(description="A Postgres to use; empty: `up` starts an embedded one.")
+    ] = SecretStr("")
+    data_dir: Annotated[
+        str, Field(description="Folder of the embedded servers' data, the model and the logs.")
+    ] = ".data"
+    port: Annotated[
+        int, Field(ge=0, le=65_535, description="Port of the API that `up` starts; 0: a free one.")
+    ] = 8080
+    api_url: Annotated[
+        str, Field(description="API the CLI talks to; empty: the fleet of the data folder.")
+    ] = ""
+    api_key: Annotated[
+        SecretStr, Field(description="Key the CLI sends; empty: the one of the data folder.")
+    ] = SecretStr("")

@@ -1,0 +1,301 @@
+"""Job streams by lane: enqueue, pick and claim, renew, end, hand back, restore.
+
+A stream is FIFO, so order is made by lanes (class, priority, tenant), and the lane is chosen when a
+worker has room, not when the job came. Each operation is one script, so it happens whole or not at
+all, and each may be repeated after an error whose outcome is unknown.
+
+Invariants:
+1. A job has at most one live entry. `enqueue` of a job that has a hash does nothing; an entry its
+   hash does not name is deleted when it is met (a relay that came late).
+2. An entry leaves its stream only by `finish`, after the job's end is committed in Postgres: what
+   is in the streams is what is not done. Nothing is trimmed.
+3. A lease is the entry's idle time in the pending list. `renew` touches it only while the job's
+   newest attempt is still the caller's; a silent worker's entries are claimed by another.
+4. `claim` gives a worker only what it has room for, lanes in this order: taken over and handed
+   back, then a lane whose deadline is near, then class, then the tenant served least, then
+   priority. A job too large for the room blocks those behind it (else it would starve).
+5. A tenant that comes back from idleness starts at the level of the least served active one: it
+   cannot save up (Sheng et al., "Fairness in Serving Large Language Models", 2024, section 4).
+
+Called by: gateway/jobs and tasks (enqueue, cancel), worker/intake and worker/leases.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from headrace.contract import keys, scripts, wire
+from headrace.contract.redis_client import Client, redis_errors
+
+#: A lane jumps when its oldest deadline is nearer than this, ms.
+URGENT_BEFORE_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One entry a worker was given."""
+
+    job: str
+    spec: bytes  # wire.JobSpec, not yet decoded: what cannot be decoded must still be ended
+    cost_tokens: int
+    lane: str
+    entry: str
+    is_takeover: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    claims: tuple[Claim, ...]
+    is_blocked: bool  # the next job did not fit: ask again when there is more room
+
+
+@dataclass(frozen=True, slots=True)
+class LaneDepth:
+    lane: str
+    num_queued: int  # nobody was given them yet
+    num_held: int
+    oldest_ms: int | None  # Unix ms at which the oldest queued one was enqueued
+
+
+class JobStreams:
+    """The lanes of all models on one Redis."""
+
+    def __init__(self, client: Client) -> None:
+        self._client: Any = client  # its own annotations are partial
+        self._enqueue = client.register_script(scripts.ENQUEUE)
+        self._claim = client.register_script(scripts.CLAIM)
+        self._renew = client.register_script(scripts.RENEW)
+        self._finish = client.register_script(scripts.FINISH)
+        self._hand_back = client.register_script(scripts.HAND_BACK)
+        self._cancel = client.register_script(scripts.CANCEL)
+        self._restore = client.register_script(scripts.RESTORE)
+
+    def enqueue(self, spec: wire.JobSpec, cost_tokens: int) -> bool:
+        """Put the job in its lane; False when it is already there. Safe to repeat."""
+        urgent = "" if spec.deadline_ms is None else spec.deadline_ms - URGENT_BEFORE_MS
+        lane = keys.lane(spec.job_class, spec.priority, spec.tenant)
+        with redis_errors(f"enqueue {spec.job}"):
+            return bool(
+                self._enqueue(
+                    keys=[keys.prefix(spec.model) + "lanes"],
+                    args=[
+                        keys.prefix(spec.model),
+                        spec.job,
+                        lane,
+                        spec.tenant,
+                        wire.encode(spec),
+                        cost_tokens,
+                        urgent,
+                        keys.RUNNING_TTL_S,
+                    ],
+                )
+            )
+
+    def claim(
+        self,
+        model: str,
+        worker: str,
+        *,
+        lease_ms: int,
+        room_tokens: int,
+        max_jobs: int,
+        is_idle: bool,
+    ) -> Claimed:
+        """Take over and claim up to `max_jobs` jobs whose cost fits into `room_tokens`."""
+        with redis_errors("claim"):
+            reply = cast(
+                "tuple[list[list[bytes]], int]",
+                self._claim(
+                    keys=[keys.prefix(model) + "lanes"],
+                    args=[
+                        keys.prefix(model),
+                        worker,
+                        lease_ms,
+                        max(0, room_tokens),
+                        max_jobs,
+                        int(is_idle),
+                    ],
+                ),
+            )
+        claims = tuple(
+            Claim(
+                job=job.decode(),
+                spec=spec,
+                cost_tokens=int(cost),
+                lane=lane.decode(),
+                entry=entry.decode(),
+                is_takeover=kind == b"takeover",
+            )
+            for kind, lane, entry, job, spec, cost in reply[0]
+        )
+        return Claimed(claims, bool(reply[1]))
+
+    def renew(self, model: str, worker: str, held: Sequence[tuple[str, int]]) -> list[str]:
+        """Renew the leases of (job, attempt) pairs; per pair: held, cancel, lost or gone.
+
+        cancel: held, and its cancellation was asked. lost: a newer attempt has it. gone: this
+        Redis does not know it any more (`restore` it).
+        """
+        if not held:
+            return []
+        args: list[Any] = [keys.prefix(model), worker, keys.RUNNING_TTL_S]
+        for job, attempt in held:
+            args += [job, attempt]
+        with redis_errors("renew leases"):
+            states = cast(
+                "list[bytes]", self._renew(keys=[keys.prefix(model) + "lanes"], args=args)
+            )
+        return [state.decode() for state in states]
+
+    def finish(self, model: str, ended: Iterable[tuple[str, str]]) -> None:
+        """Acknowledge and delete the entries of ended jobs: pairs (job, entry or "")."""
+        args: list[Any] = [keys.prefix(model), keys.JOB_TTL_S]
+        for job, entry in ended:
+            args += [job, entry]
+        with redis_errors("acknowledge"):
+            self._finish(keys=[keys.prefix(model) + "lanes"], args=args)
+
+    def hand_back(self, model: str, job: str, attempt: int) -> bool:
+        """Let the next claim of any worker have the job at once; False if it is not ours."""
+        with redis_errors(f"hand back {job}"):
+            return bool(
+                self._hand_back(
+                    keys=[keys.prefix(model) + "lanes"], args=[keys.prefix(model), job, attempt]
+                )
+            )
+
+    def cancel(self, model: str, job: str) -> None:
+        """Tell whoever holds the job, and whoever picks it up, that it is canceled."""
+        with redis_errors(f"cancel {job}"):
+            self._cancel(keys=[keys.prefix(model) + "lanes"], args=[keys.prefix(model), job])
+
+    def restore(
+        self,
+        spec: wire.JobSpec,
+        worker: str,
+        cost_tokens: int,
+        *,
+        attempt: int,
+        gen: int,
+        log: Sequence[wire.TokenChunk],
+    ) -> bool:
+        """Put a running job back into a Redis that lost it; False if a newer attempt has it."""
+        args: list[Any] = [keys.prefix(spec.model), worker, spec.job, attempt, gen]
+        args += [log[-1].next if log else 0, keys.lane(spec.job_class, "restored", spec.tenant)]
+        args += [wire.encode(spec), cost_tokens, keys.RUNNING_TTL_S]
+        args += [wire.encode(chunk) for chunk in log]
+        with redis_errors(f"restore {spec.job}"):
+            return bool(self._restore(keys=[keys.prefix(spec.model) + "lanes"], args=args))
+
+    def knows(self, model: str, jobs: Sequence[str]) -> list[bool]:
+        """Say which of the jobs this Redis has an entry for."""
+        if not jobs:
+            return []
+        with redis_errors("look up jobs"):
+            pipe = self._client.pipeline(transaction=False)
+            for job in jobs:
+                pipe.hexists(keys.job_hash(model, job), "lane")
+            return [bool(found) for found in cast("list[int]", pipe.execute())]
+
+    def depths(self, model: str) -> list[LaneDepth]:
+        """Return the lanes of a model that hold anything, with depth and age."""
+        with redis_errors("queue depth"):
+            names = cast("set[bytes]", self._client.smembers(keys.prefix(model) + "lanes"))
+            names |= cast("set[bytes]", self._client.smembers(keys.prefix(model) + "held"))
+            return [self._depth(model, name.decode()) for name in sorted(names)]
+
+    def _depth(self, model: str, lane: str) -> LaneDepth:
+        stream = keys.lane_stream(model, lane)
+        if not self._client.exists(stream):
+            return LaneDepth(lane, 0, 0, None)
+        length = int(self._client.xlen(stream))
+        group = self._client.xinfo_groups(stream)[0]
+        after = "(" + group["last-delivered-id"].decode()
+        oldest = cast("list[Any]", self._client.xrange(stream, min=after, count=1))
+        oldest_ms = int(oldest[0][0].split(b"-")[0]) if oldest else None
+        held = int(group["pending"])
+        return LaneDepth(lane, max(0, length - held), held, oldest_ms)
+
+
+class Workers:
+    """Heartbeats of workers, and the epoch that tells a wiped Redis from an old one."""
+
+    def __init__(self, client: Client) -> None:
+        self._client: Any = client  # its own annotations are partial
+
+    def beat(self, beat: wire.WorkerBeat, *, lifetime_ms: int) -> None:
+        """Write the heartbeat; it vanishes when it is not repeated within its lifetime."""
+        with redis_errors("heartbeat"):
+            pipe = self._client.pipeline(transaction=False)
+            pipe.set(keys.worker_beat(beat.worker), wire.encode(beat), px=lifetime_ms)
+            pipe.zadd(keys.WORKERS, {beat.worker: int(time.time() * 1000)})
+            pipe.execute()
+
+    def leave(self, worker: str) -> None:
+        """Forget a worker that stops in good order."""
+        with redis_errors("worker leaves"):
+            self._client.delete(keys.worker_beat(worker))
+            self._client.zrem(keys.WORKERS, worker)
+
+    def alive(self) -> dict[str, wire.WorkerBeat]:
+        """Return the workers whose heartbeat has not run out; forget the others after an hour."""
+        with redis_errors("list workers"):
+            hour_ago = int(time.time() * 1000) - 3_600_000
+            self._client.zremrangebyscore(keys.WORKERS, "-inf", hour_ago)
+            names = cast("list[bytes]", self._client.zrange(keys.WORKERS, 0, -1))
+            if not names:
+                return {}
+            values = cast(
+                "list[bytes | None]",
+                self._client.mget([keys.worker_beat(name.decode()) for name in names]),
+            )
+        found: dict[str, wire.WorkerBeat] = {}
+        for value in values:
+            beat = None if value is None else wire.decode(value)
+            if isinstance(beat, wire.WorkerBeat):
+                found[beat.worker] = beat
+        return found
+
+    def epoch_age_ms(self) -> int:
+        """Return how long this Redis has had its memory; 0 the first time it is seen."""
+        now = int(time.time() * 1000)
+        with redis_errors("epoch"):
+            if self._client.set(keys.EPOCH, now, nx=True):
+                return 0
+            value = cast("bytes | None", self._client.get(keys.EPOCH))
+        return 0 if value is None else max(0, now - int(value))
+
+    def ping(self) -> None:
+        """Raise QueueUnavailable unless Redis answers."""
+        with redis_errors("ping"):
+            self._client.ping()
+
+
+class WakeSubscription:
+    """What couriers of a model listen to: `work`, and cancellations as `cancel <job>`."""
+
+    def __init__(self, client: Client, model: str) -> None:
+        self._client: Any = client  # its own annotations are partial
+        self._channel = keys.wake_channel(model)
+        self._pubsub: Any = None
+
+    def wait(self, timeout_s: float) -> str | None:
+        """Return the next message, or None when none came in time; reconnects by itself."""
+        with redis_errors("wake channel"):
+            try:
+                if self._pubsub is None:
+                    self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+                    self._pubsub.subscribe(self._channel)
+                message = self._pubsub.get_message(timeout=timeout_s)
+            except BaseException:
+                self.close()
+                raise
+        return None if message is None else message["data"].decode()
+
+    def close(self) -> None:
+        if self._pubsub is not None:
+            pubsub, self._pubsub = self._pubsub, None
+            pubsub.close()
