@@ -25,6 +25,7 @@ import subprocess
 from pathlib import Path
 
 import psycopg
+
 from headrace.fleet.child import log_tail, start_child
 from headrace.fleet.failure import FleetError
 from headrace.fleet.folder import lock_folder, secret, write_private

@@ -6,12 +6,13 @@ import stat
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
 from headrace.fleet.failure import FleetError
 from headrace.fleet.folder import lock_folder
 from headrace.fleet.server import start_on_free_port
 from headrace.fleet.valkey import start_valkey
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 START = """
 import pathlib, sys
