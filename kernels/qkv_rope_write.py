@@ -12,6 +12,7 @@ The caches are owned by the engine's KV pool; this writes the named slots and no
 """
 
 import torch
+
 from headrace.kernels.rms_norm import rms_norm_reference
 
 

@@ -21,6 +21,7 @@ Numerics: fp32. `noise`, `penalise` and `logprobs` have their own files and are 
 """
 
 import torch
+
 from headrace.kernels.logprobs import logprobs_reference
 from headrace.kernels.noise import noise_at_reference, noise_reference
 from headrace.kernels.penalise import penalise_reference

@@ -13,6 +13,8 @@ import logging
 import queue
 import threading
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from headrace.contract import log
 from headrace.contract.errors import Unavailable
 from headrace.contract.ledger import Finish, Ledger
@@ -22,6 +24,8 @@ from headrace.worker.held import Held
 from headrace.worker.metrics import Metrics
 from headrace.worker.running import RunningJob
 
+#: Error code of a job whose result Postgres refuses for what it holds.
+UNSTORABLE = "result_unstorable"
 #: Seconds between attempts while Postgres or Redis is away; the lease is renewed meanwhile.
 RETRY_S = 0.25
 
@@ -86,6 +90,12 @@ class Endings:
             except Unavailable as error:
                 if self._wait(job, error):
                     return
+            except SQLAlchemyError:
+                # Postgres refuses this very result: the job fails, the worker and the others go on.
+                log.logger.exception("result.unstorable job=%s", job.job)
+                if ending.error_code == UNSTORABLE:
+                    return
+                ending = job.fail(UNSTORABLE, "the result could not be stored: report this job")
         if finish is Finish.STALE:
             self._metrics.stale_writes.labels(at="result").inc()
             log.event("result.refused", job=job.job, worker=self._worker, attempt=job.attempt)

@@ -188,6 +188,9 @@ class Intake:
                 prompt_ids = self._prompt_ids(spec)
             except HeadraceError as refused:
                 error = refused
+            except Exception:  # noqa: BLE001  a tokenizer may raise anything; it is this job's end
+                log.logger.exception("prompt.refused job=%s", claim.job)
+                error = EngineRefused("the prompt cannot be tokenised by this model: change it")
         job = RunningJob(
             spec=spec,
             claim=claim,

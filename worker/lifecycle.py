@@ -4,10 +4,10 @@
     ready    -> draining   SIGTERM or SIGINT: `quiet`, then jobs finish or are handed back
     any      -> starting   the engine died: its jobs are handed back, a new engine is started
 
-The order of stopping, and why: intake first (nothing new), then the running jobs (finished, or handed
-back at the deadline, while leases are still renewed), then the engine (nobody needs it), then endings
-(all results committed and acknowledged), last the keeper (leases and heartbeat must outlive the
-rest, or another worker would take over what is being finished).
+The order of stopping, and why: intake first (nothing new), then the running jobs (finished, or
+handed back at the deadline, while leases are still renewed), then the engine (nobody needs it),
+then endings (all results committed and acknowledged), last the keeper (leases and heartbeat must
+outlive the rest, or another worker would take over what is being finished).
 
 Called by: worker/__main__.
 """
@@ -20,7 +20,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from headrace.contract import database, log, redis_client
 from headrace.contract.accounts import Accounts
@@ -52,19 +51,22 @@ LOAD_TIMEOUT_S = 900.0
 SETTLE_S = 15.0
 
 
-@dataclass(slots=True)
 class Worker:
     """All parts of one worker process; `run` is its main thread."""
 
-    settings: WorkerSettings
-    environ: Mapping[str, str]
-    prompts: Prompts
-    model: str
-    name: str
-    state: str = "starting"
-
-    def __post_init__(self) -> None:
-        settings = self.settings
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        environ: Mapping[str, str],
+        prompts: Prompts,
+        model: str,
+        name: str,
+    ) -> None:
+        self.settings = settings
+        self.prompts = prompts
+        self.model = model
+        self.name = name
+        self.state = "starting"
         redis_url = settings.redis_url.get_secret_value()
         client = redis_client.connect(redis_url)
         engine = database.connect(settings.database_url.get_secret_value(), pool_size=4)
@@ -73,7 +75,7 @@ class Worker:
         self._wake = WakeSubscription(client, self.model)
         self._held, self._metrics = Held(), Metrics()
         self._room = Room(settings.max_num_seqs)
-        self._link = EngineLink(_engine_config(settings), self.environ)
+        self._link = EngineLink(_engine_config(settings), environ)
         self._deadline: float | None = None  # monotonic s at which running jobs are handed back
         self._started_ms = int(time.time() * 1000)
         self._num_restarts = 0
@@ -104,7 +106,7 @@ class Worker:
             lease_ms=int(settings.lease_s * 1000),
             tokens=self._tokens,
             ledger=self._ledger,
-            prompts=self.prompts,
+            prompts=prompts,
             held=self._held,
             room=self._room,
             deliver=self._courier.deliver,
@@ -197,6 +199,8 @@ class Worker:
         """Restart an engine that died or stands still; note when it is ready."""
         now = time.monotonic()
         if not self._link.is_started:
+            if self._courier.num_jobs:  # claimed before the engine died, delivered after
+                self._hand_back("no engine")
             if now >= self._restart_at and self._deadline is None:
                 self._start_engine()
             return
@@ -331,4 +335,5 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         max_num_seqs=settings.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         runner=settings.runner,
+        stub_step_ms=settings.stub_step_ms,
     )

@@ -116,6 +116,18 @@ class RunningJob:
             error_text=error_text,
         )
 
+    def fail(self, code: str, text: str) -> Ending:
+        """Replace how the job ends by a failure without output."""
+        self.ending = Ending(
+            status=JobStatus.FAILED,
+            finish_reason=FinishReason.ERROR,
+            prompt_tokens=len(self.prompt_ids),
+            gen=self.gen,
+            error_code=code,
+            error_text=text,
+        )
+        return self.ending
+
     def chunk(self, since: int | None = None) -> TokenChunk | None:
         """Return the tokens not yet logged (or all from index `since` on) as one chunk."""
         first = self.num_logged if since is None else since
