@@ -29,6 +29,6 @@ def test_modules_get_databases_of_their_own(database_url, postgres):
 
 
 def test_a_database_that_is_away_is_named_without_its_password():
-    with pytest.raises(FleetError, match="127.0.0.1:1/") as caught:
+    with pytest.raises(FleetError, match=r"127.0.0.1:1/") as caught:
         migrate("postgresql+psycopg://postgres:secret@127.0.0.1:1/headrace")
     assert "secret" not in caught.value.detail
