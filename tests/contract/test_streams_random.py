@@ -144,14 +144,15 @@ class Lanes(RuleBasedStateMachine):
             self.streams.finish(MODEL, [(name, "")])
             self.ended.append(self.open.pop(name).spec)
 
-    @rule()
-    def redis_is_wiped(self):
+    @rule(relay_is_first=st.booleans())
+    def redis_is_wiped(self, relay_is_first):
         self.client.flushall()
         self.ended.clear()  # a relay would enqueue them again; Postgres tells their pickup
         for name, job in self.open.items():
             cost = int(job.spec.prompt)
-            if job.holder is None:
+            if job.holder is None or relay_is_first:
                 assert self.streams.enqueue(job.spec, cost)
+            if job.holder is None:
                 continue
             assert self.streams.renew(MODEL, job.holder, [(name, job.attempt)]) == ["gone"]
             assert self.streams.restore(
@@ -177,7 +178,7 @@ class Lanes(RuleBasedStateMachine):
 
     def teardown(self):
         given: list[str] = []
-        while True:  # each round ends what it was given, so it cannot be given twice
+        for _ in range(self.num_made + 1):  # a round ends what it was given
             claimed = self.streams.claim(
                 MODEL, "last", lease_ms=0, room_tokens=10, max_jobs=3, is_idle=False
             )
