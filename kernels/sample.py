@@ -111,7 +111,7 @@ def _top_k_threshold(row_ptr, vocab, temperature, k, row_max, BLOCK: tl.constexp
     lanes = tl.arange(0, BLOCK)
     # int64, so that the middle of two int32 keys never overflows. At least k values are >= low,
     # fewer than k are >= high.
-    low = _key_of(row_max * 0 + float("-inf")).to(tl.int64)
+    low = _key_of(tl.full([], float("-inf"), tl.float32)).to(tl.int64)
     high = _key_of(row_max).to(tl.int64) + 1
     while high - low > 1:
         middle = (low + high) >> 1
@@ -157,6 +157,30 @@ def _top_p_threshold(
 
 
 @triton.jit
+def _threshold(row_ptr, vocab, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr) -> tl.tensor:
+    """Return a value that exactly the tokens kept by all three filters reach."""
+    threshold = tl.full([], float("-inf"), tl.float32)
+    limits_k = (top_k > 0) & (top_k < vocab)
+    if limits_k | (top_p < 1) | (min_p > 0):
+        lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            x = _load_scaled(row_ptr, start + tl.arange(0, BLOCK), vocab, temperature)
+            lane_max = tl.maximum(lane_max, x)
+        row_max = tl.max(lane_max, axis=0)
+        # Where every token is masked there is no mass to share out, and nothing to keep.
+        if row_max > float("-inf"):
+            if limits_k:
+                threshold = _top_k_threshold(row_ptr, vocab, temperature, top_k, row_max, BLOCK)
+            if top_p < 1:
+                threshold = _top_p_threshold(
+                    row_ptr, vocab, temperature, top_p, row_max, threshold, BLOCK
+                )
+            if min_p > 0:
+                threshold = tl.maximum(threshold, row_max + tl.log(min_p))
+    return threshold
+
+
+@triton.jit
 def _argmax_row(
     row_ptr, vocab, temperature, threshold, noise_scale, seed, position, start_a, start_b,
     BLOCK: tl.constexpr,
@@ -199,25 +223,12 @@ def _sample_kernel(
     asked_temperature = tl.load(temperature_ptr + seq)
     is_greedy = asked_temperature == 0
     temperature = tl.where(is_greedy, 1.0, asked_temperature)
-    threshold = temperature * 0 + float("-inf")
+    threshold = tl.full([], float("-inf"), tl.float32)
     if not is_greedy:
-        top_k, top_p = tl.load(top_k_ptr + seq), tl.load(top_p_ptr + seq)
-        min_p = tl.load(min_p_ptr + seq)
-        if ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0):
-            lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
-            for start in range(0, vocab, BLOCK):
-                ids = start + tl.arange(0, BLOCK)
-                x = _load_scaled(row_ptr, ids, vocab, temperature)
-                lane_max = tl.maximum(lane_max, x)
-            row_max = tl.max(lane_max, axis=0)
-            if (top_k > 0) & (top_k < vocab):
-                threshold = _top_k_threshold(row_ptr, vocab, temperature, top_k, row_max, BLOCK)
-            if top_p < 1:
-                threshold = _top_p_threshold(
-                    row_ptr, vocab, temperature, top_p, row_max, threshold, BLOCK
-                )
-            if min_p > 0:
-                threshold = tl.maximum(threshold, row_max + tl.log(min_p))
+        threshold = _threshold(
+            row_ptr, vocab, temperature, tl.load(top_k_ptr + seq), tl.load(top_p_ptr + seq),
+            tl.load(min_p_ptr + seq), BLOCK,
+        )  # fmt: skip
     token = _argmax_row(
         row_ptr, vocab, temperature, threshold, tl.where(is_greedy, 0.0, 1.0),
         tl.load(seeds_ptr + seq), tl.load(positions_ptr + seq), start_a, start_b, BLOCK,

@@ -33,7 +33,10 @@ def _silu_mul_kernel(
     dtype = out_ptr.dtype.element_ty
     gate = tl.load(gate_ptr, mask=is_inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + inter, mask=is_inside, other=0.0).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    # exp of minus the magnitude cannot overflow, whichever way the gate points.
+    decay = tl.exp(-tl.abs(gate))
+    sigmoid = tl.where(gate >= 0, 1.0, decay) / (1.0 + decay)
+    activated = (gate * sigmoid).to(dtype).to(tl.float32)
     tl.store(out_ptr + token * inter + offsets, (activated * up).to(dtype), mask=is_inside)
 
 
