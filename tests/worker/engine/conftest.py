@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from headrace.worker.engine.architecture import Architecture
 from headrace.worker.engine.batch import build_batch
 from headrace.worker.engine.kv_pool import KVPool
