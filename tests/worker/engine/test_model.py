@@ -1,7 +1,7 @@
 """The engine against transformers on the same weights: logits within tolerance, tokens equal.
 
-fp32 throughout. What is varied is what must not matter: who else is in the batch, how a prompt is cut
-into chunks, what the prefix cache holds, who was preempted, where an earlier attempt stopped.
+fp32 throughout. What is varied is what must not matter: who else is in the batch, how a prompt is
+cut into chunks, what the prefix cache holds, who was preempted, where an earlier attempt stopped.
 """
 
 import numpy as np
@@ -61,9 +61,7 @@ def test_greedy_tokens_equal_in_any_batch_and_chunk(
     name, block_size, max_step_tokens, harness, peer
 ):
     num_blocks = 1024 // block_size
-    engine = harness(
-        name, num_blocks, block_size, max_num_seqs=6, max_step_tokens=max_step_tokens
-    )
+    engine = harness(name, num_blocks, block_size, max_num_seqs=6, max_step_tokens=max_step_tokens)
     prompts = make_prompts(2, [1, 15, 16, 17, 40, 64])
     seqs = [engine.add(prompt, 5 + i) for i, prompt in enumerate(prompts[:3])]
     engine.step()
