@@ -1,7 +1,7 @@
 """A loopback port that forwards to a server, and can be cut: how tests take a server away.
 
-The address stays the same while the server behind it is stopped, restarted elsewhere or unreachable,
-as it is for a process in production.
+The address stays the same while the server behind it is stopped, restarted elsewhere or
+unreachable, as it is for a process in production.
 """
 
 import contextlib

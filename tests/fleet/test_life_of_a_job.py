@@ -290,8 +290,7 @@ def test_the_gateway_killed_in_mid_stream_is_resumed_by_index(fleet):
     stream, seen = follow_to_first_token(fleet, job["id"])
     fleet.end("gateway", signal.SIGKILL)
     with pytest.raises(httpx.HTTPError):
-        for event in stream:
-            seen.append(event)
+        seen.extend(stream)
     fleet.start_gateway()
     last = [event.id for event in seen if event.name == "token"][-1]
     seen += list(fleet.events(job["id"], after=last))

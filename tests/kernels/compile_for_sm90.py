@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
 from headrace.kernels.logprobs import logprobs
 from headrace.kernels.noise import noise
 from headrace.kernels.paged_decode import paged_decode
@@ -22,9 +26,6 @@ from headrace.kernels.qkv_rope_write import qkv_rope_write
 from headrace.kernels.rms_norm import residual_rms_norm, rms_norm
 from headrace.kernels.sample import sample
 from headrace.kernels.silu_mul import silu_mul
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 #: Every head dim in bf16, the dtype served; of fp32, that which takes most shared memory.
 COMPILED_HEAD_DIMS = {

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from headrace.kernels.logprobs import TOLERANCE, logprobs, logprobs_reference
 
 pytestmark = pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headrace.kernels.noise import noise, noise_at_reference, noise_reference
 
 pytestmark = pytest.mark.gpu

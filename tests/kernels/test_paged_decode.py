@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from headrace.kernels.paged_decode import (
     TOLERANCE,
     choose_num_splits,

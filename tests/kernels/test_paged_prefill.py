@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from headrace.kernels.paged_decode import paged_decode_reference
 from headrace.kernels.paged_prefill import TOLERANCE, paged_prefill, paged_prefill_reference
 

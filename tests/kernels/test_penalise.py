@@ -1,7 +1,8 @@
 import pytest
 import torch
-from headrace.kernels.penalise import TOLERANCE, penalise, penalise_reference
 from transformers import RepetitionPenaltyLogitsProcessor
+
+from headrace.kernels.penalise import TOLERANCE, penalise, penalise_reference
 
 pytestmark = pytest.mark.gpu
 

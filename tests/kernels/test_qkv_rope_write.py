@@ -1,12 +1,13 @@
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
 from headrace.kernels.qkv_rope_write import (
     TOLERANCE,
     qkv_rope_write,
     qkv_rope_write_reference,
     rotate_reference,
 )
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

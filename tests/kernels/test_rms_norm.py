@@ -1,5 +1,7 @@
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
 from headrace.kernels.rms_norm import (
     TOLERANCE,
     residual_rms_norm,
@@ -7,7 +9,6 @@ from headrace.kernels.rms_norm import (
     rms_norm,
     rms_norm_reference,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

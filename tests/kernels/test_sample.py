@@ -1,5 +1,7 @@
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
 from headrace.kernels.sample import (
     TOLERANCE,
     noise_reference,
@@ -7,7 +9,6 @@ from headrace.kernels.sample import (
     sample_reference,
     threshold_reference,
 )
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 pytestmark = pytest.mark.gpu
 BOTH = pytest.mark.parametrize("function", [sample, sample_reference])

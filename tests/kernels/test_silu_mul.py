@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from headrace.kernels.silu_mul import TOLERANCE, silu_mul, silu_mul_reference
 
 pytestmark = pytest.mark.gpu
