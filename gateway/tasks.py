@@ -1,7 +1,7 @@
 """The Celery application: when the upkeep runs. Started by `headrace tasks`, on the fleet's Redis.
 
-This module is an entry point: importing it reads the settings of the environment, as
-`celery -A headrace.gateway.tasks` wants an application. The work is in gateway/upkeep, and needs no Celery.
+This module is an entry point: importing it reads the settings of the environment, because
+`celery -A headrace.gateway.tasks` wants an application. The work is in gateway/upkeep.
 
 Redis and Postgres may be away: a task then ends with a log line, and the next tick tries again.
 A tick that was not run before the next one is due is dropped (`expires`), so nothing piles up.
