@@ -51,8 +51,9 @@ class JobStatus(StrEnum):
     RUNNING -> QUEUED             [ledger.hand_back]     drain
     RUNNING -> RUNNING            [ledger.pick_up]       takeover: the attempt grows
     RUNNING -> SUCCEEDED, FAILED, CANCELED, EXPIRED      [ledger.finish]
-    QUEUED -> CANCELED            [ledger.request_cancel]
-    QUEUED -> EXPIRED             [ledger.expire_queued]
+    QUEUED -> CANCELED            [ledger.request_cancel]  no attempt was made; else end_queued
+    QUEUED -> EXPIRED             [ledger.expire_queued]   likewise
+    QUEUED -> CANCELED, EXPIRED   [ledger.end_queued]      handed back: ends with its output
     QUEUED -> FAILED              [ledger.finish_queued]  refused before any attempt could run it
     """
 
