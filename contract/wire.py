@@ -240,6 +240,8 @@ def split_frame(frame: bytes) -> Iterator[bytes]:
     """Yield the u32-prefixed (big-endian) messages of a shard frame (see tokens.APPEND)."""
     at = 0
     while at < len(frame):
-        size = int.from_bytes(frame[at : at + 4], "big")
-        yield frame[at + 4 : at + 4 + size]
-        at += 4 + size
+        start = at + 4
+        at = start + int.from_bytes(frame[at:start], "big")
+        if start > len(frame) or at > len(frame):
+            raise WireError(f"frame of {len(frame)} bytes is cut short: a message ends at {at}")
+        yield frame[start:at]
