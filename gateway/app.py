@@ -36,7 +36,7 @@ def create_app_from_env() -> Flask:
 def create_app(settings: GatewaySettings) -> Flask:
     """Make an app; whoever makes it closes `services_of(app)`."""
     services = Services.build(settings)
-    app = Flask("headrace.gateway", static_folder=None, template_folder=None)
+    app = Flask(__name__, static_folder=None, template_folder=None)
     app.extensions[EXTENSION] = services
     app.url_map.strict_slashes = False
     open_endpoints: set[str] = set()

@@ -50,26 +50,26 @@ class _Strict(BaseModel):
 class SamplingRequest(_Strict):
     """How tokens are chosen."""
 
-    max_tokens: int = Field(256, ge=1, le=1 << 20, description="Tokens to make at most.")
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    top_k: int = Field(0, ge=0, le=1 << 31, description="0 = all.")
-    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, le=(1 << 63) - 1, description="Drawn when absent.")
+    max_tokens: int = Field(default=256, ge=1, le=1 << 20, description="Tokens to make at most.")
+    temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0, le=1 << 31, description="0 = all.")
+    min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=0, le=(1 << 63) - 1, description="Drawn when absent.")
     stop: Annotated[list[StopText], Field(max_length=16), BeforeValidator(_as_list)] = Field(
         default_factory=list,
         description="A text or up to 16; the output ends before the first that appears.",
     )
-    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10, allow_inf_nan=False)
     logit_bias: Annotated[
         dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
         Field(max_length=300),
         BeforeValidator(_token_ids_as_keys),
     ] = Field(default_factory=dict, description="Token id -> what is added to its logit.")
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="0 = of the chosen token, k = also of the k likeliest."
+        default=None, ge=0, le=20, description="0 = of the chosen token, k = also of the k likeliest."
     )
 
 
@@ -82,16 +82,16 @@ class JobRequest(_Strict):
     """A job: exactly one of prompt, prompt_token_ids, messages."""
 
     model: str = Field(min_length=1, max_length=200)
-    prompt: str | None = Field(None, description="Text, tokenised as it is.")
-    prompt_token_ids: list[int] | None = Field(None, min_length=1, max_length=1 << 20)
+    prompt: str | None = Field(default=None, description="Text, tokenised as it is.")
+    prompt_token_ids: list[int] | None = Field(default=None, min_length=1, max_length=1 << 20)
     messages: list[ChatMessage] | None = Field(
-        None, min_length=1, max_length=4096, description="Rendered with the model's chat template."
+        default=None, min_length=1, max_length=4096, description="Rendered with the model's chat template."
     )
     sampling: SamplingRequest = Field(default_factory=SamplingRequest)
-    job_class: Literal["interactive", "batch"] = Field("interactive", alias="class")
+    job_class: Literal["interactive", "batch"] = Field(default="interactive", alias="class")
     priority: Literal["high", "normal", "low"] = "normal"
     deadline_s: float | None = Field(
-        None, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="From now; then it expires."
+        default=None, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="From now; then it expires."
     )
     metadata: Annotated[
         dict[
@@ -142,17 +142,17 @@ class JobsQuery(_Query):
     """Which jobs to list, newest first."""
 
     status: Annotated[list[Status] | None, BeforeValidator(_split)] = Field(
-        None, description="One state or several, separated by commas."
+        default=None, description="One state or several, separated by commas."
     )
     model: str | None = None
-    job_class: Literal["interactive", "batch"] | None = Field(None, alias="class")
-    limit: int = Field(20, ge=1, le=100)
-    cursor: str | None = Field(None, description="`next_cursor` of the page before.")
+    job_class: Literal["interactive", "batch"] | None = Field(default=None, alias="class")
+    limit: int = Field(default=20, ge=1, le=100)
+    cursor: str | None = Field(default=None, description="`next_cursor` of the page before.")
 
 
 class EventsQuery(_Query):
     """Where to begin."""
 
     starting_after: str | None = Field(
-        None, description="Id of the last event seen, -1 for none; Last-Event-ID wins over it."
+        default=None, description="Id of the last event seen, -1 for none; Last-Event-ID wins over it."
     )

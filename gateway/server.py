@@ -1,6 +1,7 @@
 """gunicorn's configuration: gevent workers, sized by the settings.
 
-    python -m gunicorn -c python:headrace.gateway.server "headrace.gateway.app:create_app_from_env()"
+    python -m gunicorn -c python:headrace.gateway.server \\
+        "headrace.gateway.app:create_app_from_env()"
 
 Invariants:
 1. Connections and threads are each process's own: the app is not preloaded, so it is made after the
@@ -22,7 +23,6 @@ from typing import Any
 
 import gevent
 from gunicorn.workers.ggevent import GeventWorker
-from prometheus_client.multiprocess import mark_process_dead
 
 from headrace.contract.settings import GatewaySettings
 
@@ -37,13 +37,15 @@ class StreamingWorker(GeventWorker):
     def _end_streams(self) -> None:
         from headrace.gateway.app import services_of  # not in the master: gevent patches first
 
-        if self.wsgi is not None:
-            services_of(self.wsgi).follower.close()
+        app: Any = self.wsgi
+        if app is not None:
+            services_of(app).follower.close()
 
 
 _settings = GatewaySettings.from_env(os.environ)
 
-# prometheus_client decides at import whether values are shared, by this variable.
+# prometheus_client decides when it is imported whether values are shared, by this variable: so it
+# must not be imported in this process before this line.
 _metrics_folder = tempfile.mkdtemp(prefix="headrace-metrics-")
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder
 
@@ -52,7 +54,7 @@ workers = _settings.gateway_processes
 worker_class = StreamingWorker
 worker_connections = _settings.max_connections
 backlog = 2048
-#: Seconds a worker may not answer its master before it is replaced; its loop never computes so long.
+#: Seconds a worker may be silent before its master replaces it; its loop never computes so long.
 timeout = 60
 graceful_timeout = 10
 keepalive = 75
@@ -73,6 +75,8 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """Stop counting the live streams of a process that is gone."""
+    from prometheus_client.multiprocess import mark_process_dead  # see _metrics_folder
+
     mark_process_dead(worker.pid)
 
 
