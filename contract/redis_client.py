@@ -26,15 +26,20 @@ Client = redis.Redis
 
 
 def connect(url: str, *, timeout_s: float = COMMAND_TIMEOUT_S, max_connections: int = 64) -> Client:
-    """Return a client (lazy: nothing is sent yet) that returns bytes and never retries."""
-    return redis.Redis.from_url(  # pyright: ignore[reportUnknownMemberType]
+    """Return a client (lazy: nothing is sent yet) that returns bytes and never retries.
+
+    A command waits for one of `max_connections`; a plain pool would fail the 65th greenlet at once.
+    """
+    pool = redis.BlockingConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType]
         url,
         socket_timeout=timeout_s,
         socket_connect_timeout=min(timeout_s, 3.0),
         health_check_interval=15,
         retry=Retry(NoBackoff(), 0),
         max_connections=max_connections,
+        timeout=timeout_s,
     )
+    return redis.Redis.from_pool(pool)
 
 
 @contextmanager

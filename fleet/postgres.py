@@ -25,6 +25,7 @@ import subprocess
 from pathlib import Path
 
 import psycopg
+
 from headrace.fleet.child import log_tail, start_child
 from headrace.fleet.failure import FleetError
 from headrace.fleet.folder import lock_folder, secret, write_private
@@ -44,8 +45,11 @@ ENVIRONMENT = {"LC_ALL": "C", "TZ": "UTC", "PATH": os.defpath}
 MAX_CONNECTIONS = 200
 
 
-def start_postgres(data_folder: Path, *, durable: bool = True) -> Server:
-    """Start Postgres on `data_folder`/postgres; return it when its database `headrace` answers."""
+def start_postgres(data_folder: Path, *, durable: bool = True, port: int | None = None) -> Server:
+    """Start Postgres on `data_folder`/postgres; return it when its database `headrace` answers.
+
+    It listens on a free port, or on `port` where clients already know that one.
+    """
     folder = data_folder.resolve() / "postgres"
     lock = lock_folder(folder)
     try:
@@ -55,18 +59,19 @@ def start_postgres(data_folder: Path, *, durable: bool = True) -> Server:
         identity = choose_identity(cluster, _binary("postgres"))
         if not cluster.exists():
             _create_cluster(cluster, password, identity, log, durable)
-        port, process = start_on_free_port(
+        bound, process = start_on_free_port(
             "Postgres",
-            lambda port: _launch(cluster, identity, log, lock, port, durable),
-            lambda port: _answers(port, password, folder),
+            lambda at: _launch(cluster, identity, log, lock, at, durable),
+            lambda at: _answers(at, password, folder),
             log,
+            port,
             "HEADRACE_DATABASE_URL",
         )
     except BaseException:
         os.close(lock)
         raise
-    url = f"postgresql+psycopg://postgres:{password}@127.0.0.1:{port}/{DATABASE}"
-    return Server("Postgres", url, port, log, process, signal.SIGINT, lock)
+    url = f"postgresql+psycopg://postgres:{password}@127.0.0.1:{bound}/{DATABASE}"
+    return Server("Postgres", url, bound, log, process, signal.SIGINT, lock)
 
 
 def _binary(name: str) -> Path:

@@ -77,11 +77,12 @@ def start_on_free_port(
     launch: Callable[[int], subprocess.Popen[bytes]],
     is_ready: Callable[[int], bool],
     log: Path,
+    fixed_port: int | None,  # the only port to try: a restart that clients must not notice
     setting: str,  # the variable that names a real server instead
 ) -> tuple[int, subprocess.Popen[bytes]]:
     """Launch on free ports until the server answers; raise FleetError with its log otherwise."""
     for _ in range(PORT_TRIES):
-        port = _free_port()
+        port = fixed_port or free_port()
         start = log.stat().st_size if log.exists() else 0
         process = launch(port)
         try:
@@ -108,7 +109,7 @@ def start_on_free_port(
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -45,25 +45,26 @@ maxmemory-policy noeviction
 """
 
 
-def start_valkey(data_folder: Path) -> Server:
-    """Start Valkey on `data_folder`/valkey and return it when it answers."""
+def start_valkey(data_folder: Path, *, port: int | None = None) -> Server:
+    """Start Valkey on `data_folder`/valkey, on a free port or `port`; return it when it answers."""
     folder = data_folder.resolve() / "valkey"
     lock = lock_folder(folder)
     try:
         password = secret(folder / "password")
         log = folder / "log"
-        port, process = start_on_free_port(
+        bound, process = start_on_free_port(
             "Valkey",
-            lambda port: _launch(folder, log, lock, port, password),
-            lambda port: _answers(port, password),
+            lambda at: _launch(folder, log, lock, at, password),
+            lambda at: _answers(at, password),
             log,
+            port,
             "HEADRACE_REDIS_URL",
         )
     except BaseException:
         os.close(lock)
         raise
-    url = f"redis://:{password}@127.0.0.1:{port}/0"
-    return Server("Valkey", url, port, log, process, signal.SIGTERM, lock)
+    url = f"redis://:{password}@127.0.0.1:{bound}/0"
+    return Server("Valkey", url, bound, log, process, signal.SIGTERM, lock)
 
 
 def _launch(

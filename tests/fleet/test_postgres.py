@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+
 from headrace.fleet import identity
 from headrace.fleet.failure import FleetError
 from headrace.fleet.identity import choose_identity

@@ -6,12 +6,13 @@ import stat
 
 import pytest
 import redis
-from headrace.fleet.failure import FleetError
-from headrace.fleet.folder import lock_folder
-from headrace.fleet.server import start_on_free_port
-from headrace.fleet.valkey import start_valkey
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+
+from headrace.fleet import server
+from headrace.fleet.failure import FleetError
+from headrace.fleet.folder import lock_folder
+from headrace.fleet.valkey import start_valkey
 
 START = """
 import pathlib, sys
@@ -85,8 +86,8 @@ def test_stop_is_idempotent_and_frees_the_folder(tmp_path):
 def test_a_taken_port_is_tried_again_and_another_servers_answer_not_taken(tmp_path, monkeypatch):
     with start_valkey(tmp_path / "first") as first:
         ports = iter([first.port, first.port])
-        free = start_on_free_port.__globals__["_free_port"]
-        monkeypatch.setattr("headrace.fleet.server._free_port", lambda: next(ports, None) or free())
+        free = server.free_port
+        monkeypatch.setattr("headrace.fleet.server.free_port", lambda: next(ports, None) or free())
         with start_valkey(tmp_path / "second") as second:
             assert second.port != first.port
             assert next(ports, None) is None, "both taken ports were tried"
