@@ -40,7 +40,9 @@ def measure(name: str, rounds: int, act: Callable[[int], None]) -> float:
     cpu = (cpu_s() - cpu) / rounds
     median = statistics.median(walls) * 1000
     p99 = sorted(walls)[int(len(walls) * 0.99)] * 1000
-    print(f"{name:34s} wall p50 {median:6.3f} ms  p99 {p99:6.3f} ms  client CPU {cpu * 1e3:6.3f} ms")
+    print(
+        f"{name:34s} wall p50 {median:6.3f} ms  p99 {p99:6.3f} ms  client CPU {cpu * 1e3:6.3f} ms"
+    )
     return median
 
 

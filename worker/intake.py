@@ -26,6 +26,7 @@ from headrace.contract import log, wire
 from headrace.contract.errors import EngineRefused, HeadraceError, PromptTooLong, Unavailable
 from headrace.contract.ledger import Ledger, PickUp
 from headrace.contract.prompts import Prompts
+from headrace.contract.specs import end_of
 from headrace.contract.streams import Claim, JobStreams
 from headrace.contract.tokens import TokenLog
 from headrace.contract.wire import FinishReason, JobStatus
@@ -111,13 +112,10 @@ class Intake:
         pickups = self._pick_up([claim.job for claim in claims])
         if pickups is None:
             return  # the lease runs out and somebody claims them again
-        ended = [(c.job, c.entry) for c in claims if not _is_runnable(pickups[c.job])]
-        if ended:
-            self._streams.finish(self._model, ended)
         for claim in claims:
             pickup = pickups[claim.job]
             if pickup is None or pickup.attempt is None:
-                log.event("job.dropped", job=claim.job, worker=self._worker, reason="has ended")
+                self._drop_ended(claim)
                 continue
             self._held.add(claim.job, pickup.attempt)
             job = self._start(claim, pickup, pickup.attempt)
@@ -126,6 +124,14 @@ class Intake:
             else:
                 self._room.reserve(claim.job, claim.cost_tokens)
                 self._deliver(job)
+
+    def _drop_ended(self, claim: Claim) -> None:
+        """Acknowledge a job that has ended, telling what its last worker died before telling."""
+        row = self._ledger.job(claim.job)
+        if row is not None:
+            self._tokens.end(self._model, [end_of(row)])
+        self._streams.finish(self._model, [(claim.job, claim.entry)])
+        log.event("job.dropped", job=claim.job, worker=self._worker, reason="has ended")
 
     def _pick_up(self, job_ids: list[str]) -> dict[str, PickUp | None] | None:
         """Pick up, trying again while the lease lasts; None when Postgres stayed away."""
@@ -235,10 +241,6 @@ class Intake:
             self._tokens.announce(self._model, [started])
         except Unavailable as error:  # subscribers see `started` from the first token, or the row
             log.event("announce.failed", level=logging.WARNING, job=job.job, code=error.code)
-
-
-def _is_runnable(pickup: PickUp | None) -> bool:
-    return pickup is not None and pickup.attempt is not None
 
 
 def _unreadable(job: str, model: str) -> wire.JobSpec:

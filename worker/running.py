@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+import msgspec
 
 from headrace.contract.ledger import Ending
 from headrace.contract.streams import Claim
@@ -111,7 +112,7 @@ class RunningJob:
             text="".join(self.pieces),
             token_ids=tuple(self.ids),
             ends=tuple(self.ends),
-            logprobs=[_plain(item) for item in self.logprobs] if asked else None,
+            logprobs=msgspec.to_builtins(self.logprobs) if asked else None,
             error_code=error_code,
             error_text=error_text,
         )
@@ -183,7 +184,3 @@ class RunningJob:
 def _finite(item: TokenLogprobs) -> TokenLogprobs:
     top = tuple((token, max(value, MIN_LOGPROB)) for token, value in item.top)
     return TokenLogprobs(max(item.chosen, MIN_LOGPROB), top)
-
-
-def _plain(item: TokenLogprobs) -> dict[str, Any]:
-    return {"chosen": item.chosen, "top": [list(pair) for pair in item.top]}
