@@ -28,6 +28,7 @@ def connect(url: str, *, pool_size: int = 5) -> Engine:
         max_overflow=0,
         pool_timeout=CONNECT_TIMEOUT_S,
         pool_pre_ping=True,
+        hide_parameters=True,  # an error's text must not carry prompts into a log
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
             "application_name": "headrace",

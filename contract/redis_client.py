@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry
 
 from headrace.contract.errors import QueueUnavailable
@@ -25,15 +26,20 @@ Client = redis.Redis
 
 
 def connect(url: str, *, timeout_s: float = COMMAND_TIMEOUT_S, max_connections: int = 64) -> Client:
-    """Return a client (lazy: nothing is sent yet) that returns bytes and never retries."""
-    return redis.Redis.from_url(  # pyright: ignore[reportUnknownMemberType]
+    """Return a client (lazy: nothing is sent yet) that returns bytes and never retries.
+
+    A command waits for one of `max_connections`; a plain pool would fail the 65th greenlet at once.
+    """
+    pool = redis.BlockingConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType]
         url,
         socket_timeout=timeout_s,
         socket_connect_timeout=min(timeout_s, 3.0),
         health_check_interval=15,
         retry=Retry(NoBackoff(), 0),
         max_connections=max_connections,
+        timeout=timeout_s,
     )
+    return redis.Redis.from_pool(pool)
 
 
 @contextmanager
@@ -45,9 +51,13 @@ def redis_errors(what: str) -> Generator[None]:
         raise QueueUnavailable(
             f"{what}: Redis did not answer ({type(error).__name__}): it is tried again"
         ) from error
+    except (OutOfMemoryError, ReadOnlyError, MasterDownError) as error:
+        raise QueueUnavailable(
+            f"{what}: Redis refuses writes ({type(error).__name__}): it is tried again"
+        ) from error
     except redis.ResponseError as error:
-        if str(error).startswith(("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOAUTH")):
+        if str(error).startswith("MISCONF"):  # a server that cannot write its append-only file
             raise QueueUnavailable(
-                f"{what}: Redis refuses writes ({str(error).split(' ', 1)[0]}): it is tried again"
+                f"{what}: Redis refuses writes (MISCONF): it is tried again"
             ) from error
         raise

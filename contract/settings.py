@@ -193,6 +193,9 @@ class WorkerSettings(StoreSettings):
         Literal["model", "stub"],
         Field(description="stub: tokens from a pure function, no model (fault tests)."),
     ] = "model"
+    stub_step_ms: Annotated[
+        float, Field(ge=0, le=10_000, description="How long a step of the stub takes, ms.")
+    ] = 0.0
 
 
 class TasksSettings(StoreSettings):

@@ -53,6 +53,15 @@ class Fenced:
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """How far a job's log is, without reading it."""
+
+    gen: int
+    next: int
+    is_ended: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LogView:
     """A job's log as a subscriber reads it."""
 
@@ -124,6 +133,17 @@ class TokenLog:
             elif isinstance(message, wire.JobEnd):
                 end = message
         return LogView(tuple(chunks), end)
+
+    def position(self, model: str, job: str) -> Position | None:
+        """Return how far the log is; None when this Redis does not know the job."""
+        with redis_errors(f"read position of {job}"):
+            gen, next_index, end = cast(
+                "list[bytes | None]",
+                self._client.hmget(keys.job_hash(model, job), "gen", "next", "end"),
+            )
+            if gen is None and end is None and not self._client.exists(keys.job_hash(model, job)):
+                return None
+        return Position(int(gen or 0), int(next_index or 0), end is not None)
 
     def subscribe(self, shard: str, jobs: Sequence[tuple[str, str]]) -> None:
         """Ask for the frames of (model, job) pairs for SUBSCRIPTION_S; repeat it to stay."""

@@ -19,6 +19,9 @@ Called by sample.py, and by the CPU engine, which draws noise for the surviving 
 
 import torch
 
+from headrace.kernels.checks import check_leading, check_tensor
+from headrace.kernels.triton_seam import tl, triton
+
 _WORD = 0xFFFFFFFF
 #: Start words of the two key chains: the first digits of pi and e, nothing-up-my-sleeve numbers.
 CHAIN_A = 0x3243F6A8
@@ -66,3 +69,75 @@ def noise_reference(
 ) -> torch.Tensor:
     """Return the noise of every token: [num_seqs, vocab] fp32 in (0, 1)."""
     return noise_at_reference(seeds, positions, torch.arange(vocab, device=seeds.device)[None, :])
+
+
+@triton.jit
+def _mix(word) -> tl.tensor:
+    """Hash uint32 words; products wrap."""
+    word ^= word >> 16
+    word *= 0x7FEB352D
+    word ^= word >> 15
+    word *= 0x846CA68B
+    word ^= word >> 16
+    return word
+
+
+@triton.jit
+def _key(seed, position, start) -> tl.tensor:
+    """Fold one row's seed and position (int64) into one uint32."""
+    key = _mix(seed.to(tl.uint32) ^ start.to(tl.uint32))
+    key = _mix(key + (seed >> 32).to(tl.uint32))
+    key = _mix(key ^ position.to(tl.uint32))
+    return _mix(key + (position >> 32).to(tl.uint32))
+
+
+@triton.jit
+def noise_at(
+    seed,  # scalar int64
+    position,  # scalar int64
+    token_ids,  # [any] int32
+    start_a,  # CHAIN_A and CHAIN_B, passed by the launcher as scalars
+    start_b,
+) -> tl.tensor:
+    """Return the noise of the given tokens, fp32 in (0, 1); called inside other kernels."""
+    bits = _mix(token_ids.to(tl.uint32) ^ _key(seed, position, start_a))
+    bits = _mix(bits + _key(seed, position, start_b))
+    return ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+
+
+@triton.jit
+def _noise_kernel(
+    seeds_ptr,  # in: [num_seqs] int64
+    positions_ptr,  # in: [num_seqs] int64
+    out_ptr,  # out: [num_seqs, vocab] fp32
+    start_a,
+    start_b,
+    vocab,
+    BLOCK: tl.constexpr,
+) -> None:
+    seq = tl.program_id(0).to(tl.int64)
+    token_ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seed, position = tl.load(seeds_ptr + seq), tl.load(positions_ptr + seq)
+    noise = noise_at(seed, position, token_ids, start_a, start_b)
+    tl.store(out_ptr + seq * vocab + token_ids, noise, mask=token_ids < vocab)
+
+
+def noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Return the noise of every token: [num_seqs, vocab] fp32 in (0, 1).
+
+    Args:
+        seeds: [num_seqs] int64.
+        positions: [num_seqs] int64.
+        vocab: number of tokens.
+    """
+    check_leading("seeds", seeds, 1, (torch.int64,))
+    check_tensor("positions", positions, tuple(seeds.shape), torch.int64, seeds.device)
+    out = torch.empty((seeds.shape[0], vocab), dtype=torch.float32, device=seeds.device)
+    if out.numel() > 0:
+        grid = (seeds.shape[0], triton.cdiv(vocab, 1024))
+        _noise_kernel[grid](seeds, positions, out, CHAIN_A, CHAIN_B, vocab, BLOCK=1024)
+    return out
+
+
+#: Integer arithmetic and two exact fp32 operations: equal to the last bit.
+TOLERANCE = {torch.float32: 0.0}

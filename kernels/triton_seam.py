@@ -14,8 +14,16 @@ Called by the kernel files of this folder only; nothing else imports Triton.
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    import triton
-    import triton.language as tl
+    # Kernels are a language of their own: their types are Triton's to check, at compile time.
+    triton: Any
+
+    class _AnyName(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class tl(metaclass=_AnyName):
+        tensor = Any
+        constexpr = Any
+
 else:
     try:
         import triton
@@ -35,7 +43,11 @@ else:
                 )
 
         class _MissingLanguage:
-            constexpr = Any
+            tensor = Any
+
+            class constexpr:
+                def __init__(self, value: Any) -> None:
+                    self.value = value
 
         class _MissingTriton:
             jit = _MissingKernel

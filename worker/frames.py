@@ -204,6 +204,7 @@ class StepStats(msgspec.Struct):
     prefill_tokens: int = 0  # prompt tokens computed in this step
     step_us: int = 0
     predicted_output_tokens: int = 0  # mean of recent outputs; 0 = nothing known yet
+    num_admits_total: int = 0  # Admit commands read so far: `room_tokens` accounts for these
 
 
 @dataclass(slots=True)
@@ -214,7 +215,7 @@ class StepFrame:
     logprobs: list[tuple[float, list[tuple[int, float]]]]
 
 
-_STATS = struct.Struct("<QQQQqIIIIIIIII")  # StepStats, then num_entries
+_STATS = struct.Struct("<QQQQqIIIIIIIIQI")  # StepStats, then num_entries
 
 
 def pack_step(

@@ -213,6 +213,7 @@ class Engine:
             prefill_tokens=plan.num_prefill_tokens,
             step_us=(now_ns - started_ns) // 1000,
             predicted_output_tokens=round(scheduler.lengths.mean or 0),
+            num_admits_total=self._num_admitted,
         )
 
 

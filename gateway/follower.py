@@ -1,0 +1,206 @@
+"""One pub/sub connection a process, shared by all of its live streams.
+
+A courier publishes one frame a flush to this process's channel; the follower takes it apart and
+gives each job's messages to the mailboxes of its subscribers.
+
+Invariants:
+1. A mailbox exists, and Redis was asked for the job's frames, before its owner reads row or log: so
+   nothing falls between the log and the frames.
+2. A mailbox never holds more than MAX_MESSAGES: one that overflows is told that it is behind and
+   reads the log instead. A slow subscriber costs no memory and slows nobody.
+3. Whenever the connection was away, every mailbox is told that it is behind.
+4. The wish for a job's frames is repeated while a mailbox lives, and lapses by itself otherwise.
+
+Locks, threads and queues are the standard library's: gunicorn's gevent worker makes them greenlets.
+
+Called by: gateway/stream, gateway/wait; gateway/services owns the one instance.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+
+from headrace.contract import log, wire
+from headrace.contract.errors import QueueUnavailable
+from headrace.contract.tokens import SUBSCRIPTION_S, ShardSubscription, TokenLog
+from headrace.contract.wire import WireError
+
+#: Messages a mailbox holds; at 20 ms a flush, five seconds of one job.
+MAX_MESSAGES = 256
+#: Seconds between two repetitions of all wishes.
+RENEW_S = SUBSCRIPTION_S / 3
+#: Wishes repeated in one pipeline.
+RENEW_BATCH = 500
+#: Seconds a read waits for a frame; bounds how late a repetition or a stop can be.
+READ_S = 0.5
+#: Seconds between two attempts to reach Redis.
+RECONNECT_S = 0.25
+
+
+class Mailbox:
+    """What has come for one subscriber and was not yet taken."""
+
+    def __init__(self, model: str, job: str) -> None:
+        self.model = model
+        self.job = job
+        self.is_behind = False  # messages were lost: read the log
+        self.is_closed = False  # the process stops: end the stream, the client resumes elsewhere
+        self._messages: SimpleQueue[wire.StreamMessage | None] = SimpleQueue()
+
+    def put(self, message: wire.StreamMessage) -> None:
+        if self._messages.qsize() >= MAX_MESSAGES:
+            self.is_behind = True
+        else:
+            self._messages.put(message)
+
+    def wake_behind(self) -> None:
+        """Tell the owner that something may have been lost, also if it waits."""
+        self.is_behind = True
+        if self._messages.qsize() < MAX_MESSAGES:
+            self._messages.put(None)
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._messages.put(None)
+
+    def take(self, timeout_s: float) -> list[wire.StreamMessage]:
+        """Wait for messages and return all there are; empty when woken or when time is up."""
+        try:
+            first = self._messages.get(timeout=timeout_s)
+        except Empty:
+            return []
+        return ([] if first is None else [first]) + self._drain()
+
+    def catch_up(self) -> None:
+        """Forget what waits, because the log is read next: it holds all of it."""
+        self.is_behind = False  # first: what is lost from here on must be noticed
+        self._drain()
+
+    def _drain(self) -> list[wire.StreamMessage]:
+        found: list[wire.StreamMessage] = []
+        for _ in range(self._messages.qsize()):
+            try:
+                message = self._messages.get_nowait()
+            except Empty:
+                break
+            if message is not None:
+                found.append(message)
+        return found
+
+
+class Follower:
+    """Receives this process's frames and gives them to the mailboxes."""
+
+    def __init__(self, subscription: ShardSubscription, token_log: TokenLog, shard: str) -> None:
+        self._subscription = subscription
+        self._log = token_log
+        self._shard = shard
+        self._boxes: dict[str, set[Mailbox]] = {}  # by job
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._renew_at = 0.0
+
+    @contextmanager
+    def follow(self, model: str, job: str) -> Iterator[Mailbox]:
+        """Give the job's messages from now on to a mailbox, as long as the context lasts."""
+        box = Mailbox(model, job)
+        with self._lock:
+            self._boxes.setdefault(job, set()).add(box)
+            if self._closing.is_set():
+                box.is_closed = True
+            elif self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+                self._thread.start()
+        try:
+            try:
+                self._log.subscribe(self._shard, [(model, job)])
+            except QueueUnavailable:
+                box.is_behind = True  # asked again with all others when Redis is back
+            yield box
+        finally:
+            self._leave(box)
+
+    def close(self) -> None:
+        """End all streams and stop."""
+        self._closing.set()
+        with self._lock:
+            boxes = self._all_boxes()
+        for box in boxes:
+            box.close()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _leave(self, box: Mailbox) -> None:
+        with self._lock:
+            boxes = self._boxes[box.job]
+            boxes.discard(box)
+            is_last = not boxes
+            if is_last:
+                del self._boxes[box.job]
+        if is_last and not self._closing.is_set():
+            try:
+                self._log.unsubscribe(self._shard, box.model, box.job)
+            except QueueUnavailable:
+                return  # it lapses
+            with self._lock:
+                is_wanted = box.job in self._boxes
+            if is_wanted:  # somebody came while we asked: their wish may be the one removed
+                self._ask_for([(box.model, box.job)])
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._subscription.open()
+                self._ask_for_all()
+                self._tell_all_behind()
+                while not self._closing.is_set():
+                    self._receive()
+                    if time.monotonic() >= self._renew_at:
+                        self._ask_for_all()
+            except QueueUnavailable as error:
+                log.event("follower.disconnected", level=logging.WARNING, why=error.detail)
+                self._closing.wait(RECONNECT_S)
+            except Exception:  # noqa: BLE001  the outermost loop: without it all streams go deaf
+                log.logger.exception("follower.failed")
+                self._closing.wait(RECONNECT_S)
+            finally:
+                self._subscription.close()
+
+    def _receive(self) -> None:
+        try:
+            messages = self._subscription.messages(READ_S)
+        except WireError as error:  # a courier of another version: its log says the same again
+            log.event("frame.refused", level=logging.ERROR, why=error.detail)
+            self._tell_all_behind()
+            return
+        for message in messages:
+            for box in tuple(self._boxes.get(message.job, ())):
+                box.put(message)
+
+    def _ask_for_all(self) -> None:
+        self._renew_at = time.monotonic() + RENEW_S
+        with self._lock:
+            wanted = [(next(iter(boxes)).model, job) for job, boxes in self._boxes.items()]
+        for start in range(0, len(wanted), RENEW_BATCH):
+            self._log.subscribe(self._shard, wanted[start : start + RENEW_BATCH])
+
+    def _ask_for(self, jobs: Iterable[tuple[str, str]]) -> None:
+        try:
+            self._log.subscribe(self._shard, list(jobs))
+        except QueueUnavailable:
+            self._tell_all_behind()
+
+    def _tell_all_behind(self) -> None:
+        with self._lock:
+            boxes = self._all_boxes()
+        for box in boxes:
+            box.wake_behind()
+
+    def _all_boxes(self) -> list[Mailbox]:
+        return [box for boxes in self._boxes.values() for box in boxes]

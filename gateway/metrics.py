@@ -1,0 +1,73 @@
+"""What the gateway counts, for Prometheus: the same over all of its processes.
+
+Under gunicorn each process writes its values to files of one folder (gateway/server names it) and
+`/metrics`, whichever process answers it, adds them up. Without that folder (tests) one registry
+an app holds them.
+
+Called by: gateway/services (one a process); views, stream and outbox count with it.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+#: Bounds of the latency histogram, seconds: status polls take milliseconds, waits up to a minute.
+LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+
+
+class Metrics:
+    """All series of one gateway process."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "headrace_http_requests_total",
+            "Requests answered.",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self.latency_s = Histogram(
+            "headrace_http_request_seconds",
+            "Time to the answer, for streams to its first byte.",
+            ["route"],
+            buckets=LATENCY_S,
+            registry=registry,
+        )
+        self.live_streams = Gauge(
+            "headrace_live_streams",
+            "Event streams open now.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.events = Counter(
+            "headrace_events_sent_total",
+            "Events sent to subscribers.",
+            ["event"],
+            registry=registry,
+        )
+        self.jobs_accepted = Counter(
+            "headrace_jobs_accepted_total",
+            "Jobs accepted, replays of an Idempotency-Key not counted.",
+            ["model", "job_class"],
+            registry=registry,
+        )
+        self.enqueue_failures = Counter(
+            "headrace_enqueue_failures_total",
+            "Accepted jobs left to the relay because Redis was away.",
+            registry=registry,
+        )
+        self.resyncs = Counter(
+            "headrace_stream_log_reads_total",
+            "Times a stream had to read the token log to fill a gap.",
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """Return the text exposition of all processes."""
+        try:
+            collected = CollectorRegistry()
+            MultiProcessCollector(collected)
+        except ValueError:  # no folder is named: this process is the only one
+            collected = self._registry
+        return generate_latest(collected)

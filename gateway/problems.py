@@ -1,0 +1,104 @@
+"""Every error as RFC 9457 problem details: one form for ours, Flask's and the unforeseen.
+
+Invariants:
+1. Each answer of 400 and above is application/problem+json with a stable `code`.
+2. An unforeseen exception tells the client nothing but `internal`; the log gets its type and its
+   frames, never its text, which may quote a prompt.
+
+Called by: gateway/app (handlers), gateway/health.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+import msgspec
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from headrace.contract import log
+from headrace.contract.errors import HeadraceError
+
+MIMETYPE = "application/problem+json"
+
+#: Codes of what Flask itself refuses, where our tree has a class for it.
+_HTTP_CODES = {
+    400: "invalid_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+
+def problem(
+    *, status: int, code: str, detail: str, retryable: bool = False, **more: Any
+) -> Response:
+    """Return the response for a problem; `more` are extension members."""
+    body = {
+        "type": f"urn:headrace:problem:{code}",
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "retryable": retryable,
+        **more,
+    }
+    response = Response(msgspec.json.encode(body), status=status, mimetype=MIMETYPE)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def problem_of(error: HeadraceError) -> Response:
+    """Return the response for one of our errors."""
+    response = problem(
+        status=error.http_status, code=error.code, detail=error.detail, retryable=error.retryable
+    )
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    if error.http_status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="headrace"'
+    return response
+
+
+def handle_problems(app: Flask) -> None:
+    """Let every error that leaves a view become a problem."""
+    app.register_error_handler(HeadraceError, _ours)
+    app.register_error_handler(HTTPException, _flasks)
+    app.register_error_handler(Exception, _unforeseen)
+
+
+def _ours(error: HeadraceError) -> Response:
+    if error.http_status == 500:  # no class of the tree that a client may see
+        return _unforeseen(error)
+    return problem_of(error)
+
+
+def _flasks(error: HTTPException) -> Response:
+    status = error.code or 500
+    code = _HTTP_CODES.get(status, "internal" if status >= 500 else "invalid_request")
+    detail = error.description or error.name
+    if status == 404:
+        detail = "there is nothing at this path: /openapi.json lists what there is"
+    response = problem(status=status, code=code, detail=detail, retryable=False)
+    for name, value in error.get_headers():
+        if name in ("Allow", "Retry-After"):
+            response.headers[name] = value
+    return response
+
+
+def _unforeseen(error: Exception) -> Response:
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    log.event(
+        "request.failed",
+        level=logging.ERROR,
+        route=request.url_rule,
+        method=request.method,
+        error=type(error).__name__,
+    )
+    log.logger.error("%s", frames)
+    return problem(
+        status=500, code="internal", detail="the gateway failed at this; its log says where"
+    )

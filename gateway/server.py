@@ -1,0 +1,80 @@
+"""gunicorn's configuration: gevent workers, sized by the settings.
+
+    python -m gunicorn -c python:headrace.gateway.server "headrace.gateway.app:create_app_from_env()"
+
+Invariants:
+1. Connections and threads are each process's own: the app is not preloaded, so it is made after the
+   fork and after gevent has patched the standard library.
+2. A stop ends event streams at once (clients resume elsewhere by their last event id) and lets
+   other requests finish within graceful_timeout; what was enqueued is confirmed before the exit.
+3. Nothing of a request is logged: no access log (queries and headers could carry keys).
+
+Called by: the CLI (`headrace gateway`), compose.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from types import FrameType
+from typing import Any
+
+import gevent
+from gunicorn.workers.ggevent import GeventWorker
+from prometheus_client.multiprocess import mark_process_dead
+
+from headrace.contract.settings import GatewaySettings
+
+
+class StreamingWorker(GeventWorker):
+    """gunicorn's gevent worker, which would wait for endless streams before it stops."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        gevent.spawn(self._end_streams)
+
+    def _end_streams(self) -> None:
+        from headrace.gateway.app import services_of  # not in the master: gevent patches first
+
+        if self.wsgi is not None:
+            services_of(self.wsgi).follower.close()
+
+
+_settings = GatewaySettings.from_env(os.environ)
+
+# prometheus_client decides at import whether values are shared, by this variable.
+_metrics_folder = tempfile.mkdtemp(prefix="headrace-metrics-")
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder
+
+bind = _settings.bind
+workers = _settings.gateway_processes
+worker_class = StreamingWorker
+worker_connections = _settings.max_connections
+backlog = 2048
+#: Seconds a worker may not answer its master before it is replaced; its loop never computes so long.
+timeout = 60
+graceful_timeout = 10
+keepalive = 75
+preload_app = False
+accesslog = None
+errorlog = "-"
+loglevel = "warning"
+proc_name = "headrace-gateway"
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Close what the process holds: streams, confirmations, connections."""
+    from headrace.gateway.app import services_of
+
+    if worker.wsgi is not None:
+        services_of(worker.wsgi).close()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Stop counting the live streams of a process that is gone."""
+    mark_process_dead(worker.pid)
+
+
+def on_exit(server: Any) -> None:
+    shutil.rmtree(_metrics_folder, ignore_errors=True)

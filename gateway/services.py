@@ -1,0 +1,85 @@
+"""What the views work with: one of each a process, built from the settings, closed together.
+
+Everything is lazy: no connection is opened and no thread is started before the first use, so an
+app may be made before gunicorn forks (it is not: gateway/server) and in tests without servers.
+
+Called by: gateway/app (build), all views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+
+from headrace.contract import database, redis_client
+from headrace.contract.accounts import Accounts
+from headrace.contract.ids import new_id
+from headrace.contract.ledger import Ledger
+from headrace.contract.settings import GatewaySettings
+from headrace.contract.streams import JobStreams, Workers
+from headrace.contract.tokens import ShardSubscription, TokenLog
+from headrace.gateway.auth import KeyGuard
+from headrace.gateway.cards import ModelCards
+from headrace.gateway.follower import Follower
+from headrace.gateway.metrics import Metrics
+from headrace.gateway.outbox import Enqueuer
+from headrace.gateway.prompt_check import PromptCheck
+
+#: Redis connections of one process; greenlets beyond that wait for one.
+MAX_REDIS_CONNECTIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts of one gateway process."""
+
+    settings: GatewaySettings
+    engine: Engine
+    redis: redis_client.Client
+    ledger: Ledger
+    accounts: Accounts
+    keys: KeyGuard
+    cards: ModelCards
+    prompts: PromptCheck
+    streams: JobStreams
+    token_log: TokenLog
+    workers: Workers
+    enqueuer: Enqueuer
+    follower: Follower
+    metrics: Metrics
+
+    @classmethod
+    def build(cls, settings: GatewaySettings) -> Services:
+        engine = database.connect(
+            settings.database_url.get_secret_value(), pool_size=settings.db_pool_size
+        )
+        redis = redis_client.connect(
+            settings.redis_url.get_secret_value(), max_connections=MAX_REDIS_CONNECTIONS
+        )
+        shard = new_id("gw")
+        ledger, accounts, metrics = Ledger(engine), Accounts(engine), Metrics()
+        streams, token_log = JobStreams(redis), TokenLog(redis)
+        return cls(
+            settings=settings,
+            engine=engine,
+            redis=redis,
+            ledger=ledger,
+            accounts=accounts,
+            keys=KeyGuard(accounts),
+            cards=ModelCards(accounts),
+            prompts=PromptCheck(),
+            streams=streams,
+            token_log=token_log,
+            workers=Workers(redis),
+            enqueuer=Enqueuer(ledger, streams, metrics),
+            follower=Follower(ShardSubscription(redis, shard), token_log, shard),
+            metrics=metrics,
+        )
+
+    def close(self) -> None:
+        """End streams, confirm what was enqueued, and close all connections, in that order."""
+        self.follower.close()
+        self.enqueuer.close()
+        self.redis.close()
+        self.engine.dispose()
