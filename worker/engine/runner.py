@@ -75,7 +75,7 @@ class CpuRunner:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self._arch = arch
-        self._weights = weights
+        self._weights = cpu_ops.pack_weights(weights)
         self._windows = frozenset(arch.windows)
         dtype = weights.embedding.dtype
         self._cos, self._sin = cpu_ops.rope_tables(*arch.rope_cos_sin(), dtype)
