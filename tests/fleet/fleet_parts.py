@@ -71,9 +71,10 @@ class Fleet:
             "HEADRACE_HEARTBEAT_S": "1",
             "HEADRACE_KV_CACHE_MB": "256",
         } | self.settings
-        accounts = Accounts(database.connect(self.postgres.url))
-        self.key = accounts.create_key(tenant="one", name="test").secret
-        self.other_key = accounts.create_key(tenant="two", name="test").secret
+        engine = database.connect(self.postgres.url)
+        self.key = Accounts(engine).create_key(tenant="one", name="test").secret
+        self.other_key = Accounts(engine).create_key(tenant="two", name="test").secret
+        engine.dispose()
 
     def start(self, name: str, *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
         """Start `headrace ARGUMENTS` as the process `name`; its output goes to NAME.log."""
@@ -101,6 +102,12 @@ class Fleet:
         process = self.processes.pop(name)
         process.send_signal(how)
         return process.wait(PATIENCE_S)
+
+    def kill_group(self, name: str) -> None:
+        """Kill a process and all it started, at once: gunicorn's workers outlive their master."""
+        process = self.processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE_S)
 
     def stop(self) -> None:
         for process in self.processes.values():

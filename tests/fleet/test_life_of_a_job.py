@@ -288,7 +288,7 @@ def test_an_over_long_prompt_is_refused_before_anything_runs(fleet):
 def test_the_gateway_killed_in_mid_stream_is_resumed_by_index(fleet):
     job = fleet.submit(sampling={**GREEDY, "max_tokens": 100})
     stream, seen = follow_to_first_token(fleet, job["id"])
-    fleet.end("gateway", signal.SIGKILL)
+    fleet.kill_group("gateway")
     with pytest.raises(httpx.HTTPError):
         seen.extend(stream)
     fleet.start_gateway()
