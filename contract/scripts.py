@@ -5,6 +5,9 @@ slot of its model. Times are the server's. Every script may be run again after a
 outcome is unknown; what a repeat does is said where it is not obvious.
 
 Called by: contract.streams (lanes), contract.tokens (logs), and nothing else.
+
+Size: the operations are read against one another (who sets, who deletes a field), so they stay
+together.
 """
 
 ENQUEUE = """
