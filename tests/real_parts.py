@@ -19,8 +19,8 @@ import pytest
 import redis
 
 from headrace.fleet.postgres import start_postgres
-from headrace.fleet.server import Server
 from headrace.fleet.programs import EMBEDDED_MODEL
+from headrace.fleet.server import Server
 from headrace.fleet.smollm2 import ensure_model
 from headrace.fleet.valkey import start_valkey
 
