@@ -95,7 +95,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the courier starts an engine with, as the JSON of `--config`."""
 
     model_folder: str  # a transformers folder: config.json and safetensors
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = the folder's own
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = float32 on a CPU
     num_threads: int = 0  # of torch on CPU; 0 = torch's own choice
     num_blocks: int | None = None  # of the KV pool; None = as many as kv_bytes hold
     kv_bytes: int = 1 << 30
