@@ -51,7 +51,9 @@ class SamplingRequest(_Strict):
     """How tokens are chosen."""
 
     max_tokens: int = Field(default=256, ge=1, le=1 << 20, description="Tokens to make at most.")
-    temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy.")
+    temperature: float = Field(
+        default=1.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy."
+    )
     top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0, le=1 << 31, description="0 = all.")
     min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
@@ -69,7 +71,10 @@ class SamplingRequest(_Strict):
         BeforeValidator(_token_ids_as_keys),
     ] = Field(default_factory=dict, description="Token id -> what is added to its logit.")
     logprobs: int | None = Field(
-        default=None, ge=0, le=20, description="0 = of the chosen token, k = also of the k likeliest."
+        default=None,
+        ge=0,
+        le=20,
+        description="0 = of the chosen token, k = also of the k likeliest.",
     )
 
 
@@ -85,13 +90,20 @@ class JobRequest(_Strict):
     prompt: str | None = Field(default=None, description="Text, tokenised as it is.")
     prompt_token_ids: list[int] | None = Field(default=None, min_length=1, max_length=1 << 20)
     messages: list[ChatMessage] | None = Field(
-        default=None, min_length=1, max_length=4096, description="Rendered with the model's chat template."
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="Rendered with the model's chat template.",
     )
     sampling: SamplingRequest = Field(default_factory=SamplingRequest)
     job_class: Literal["interactive", "batch"] = Field(default="interactive", alias="class")
     priority: Literal["high", "normal", "low"] = "normal"
     deadline_s: float | None = Field(
-        default=None, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="From now; then it expires."
+        default=None,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        allow_inf_nan=False,
+        description="From now; then it expires.",
     )
     metadata: Annotated[
         dict[
@@ -154,5 +166,6 @@ class EventsQuery(_Query):
     """Where to begin."""
 
     starting_after: str | None = Field(
-        default=None, description="Id of the last event seen, -1 for none; Last-Event-ID wins over it."
+        default=None,
+        description="Id of the last event seen, -1 for none; Last-Event-ID wins over it.",
     )

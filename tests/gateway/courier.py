@@ -70,7 +70,9 @@ class Courier:
 
     def say(self, held: Held, count: int = 1, *, logprobs: bool = False) -> None:
         """Log and publish the next tokens."""
-        state = self.token_log.append(MODEL, [(held.spec.tenant, self.chunk(held, count, logprobs))])
+        state = self.token_log.append(
+            MODEL, [(held.spec.tenant, self.chunk(held, count, logprobs))]
+        )
         assert state == [Append.LOGGED]
 
     def chunk(self, held: Held, count: int, logprobs: bool = False) -> wire.TokenChunk:
@@ -81,7 +83,9 @@ class Courier:
             return chunk
         some = wire.TokenLogprobs(-0.5, ((7, -0.5), (8, -1.5)))
         return wire.TokenChunk(
-            **{name: getattr(chunk, name) for name in chunk.__struct_fields__ if name != "logprobs"},
+            **{
+                name: getattr(chunk, name) for name in chunk.__struct_fields__ if name != "logprobs"
+            },
             logprobs=(some,) * count,
         )
 
@@ -125,7 +129,9 @@ class Courier:
         self.streams.finish(MODEL, [(held.claim.job, held.claim.entry)])
 
 
-def chunk_of(job: str, first: int, count: int, *, attempt: int = 1, gen: int = 0) -> wire.TokenChunk:
+def chunk_of(
+    job: str, first: int, count: int, *, attempt: int = 1, gen: int = 0
+) -> wire.TokenChunk:
     """Tokens first to first + count - 1 of a job; ids are 100 + index + 1000 * gen."""
     texts = [token_text(index) for index in range(first, first + count)]
     ends = [sum(map(len, texts[: n + 1])) for n in range(count)]
