@@ -313,9 +313,11 @@ def test_nothing_of_a_job_or_key_is_logged(client, key, caplog):
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 FIELDS = st.sampled_from(
     ["model", "prompt", "prompt_token_ids", "messages", "sampling", "class", "priority",
      "deadline_s", "metadata", "extra"]

@@ -87,7 +87,7 @@ def test_invariant_3_a_lost_connection_is_opened_again_and_all_are_behind(follow
 
 
 def test_a_frame_of_another_version_makes_all_read_the_log(follow, caplog):
-    script = Scripted(lambda: [], fails(WireError("v9")))
+    script = Scripted(list, fails(WireError("v9")))
     box = follow(script)
     assert script.opened == 1
     assert box.is_behind

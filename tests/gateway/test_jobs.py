@@ -13,7 +13,6 @@ from headrace.contract.accounts import NewKey
 from headrace.contract.ledger import Ledger
 from headrace.contract.wire import FinishReason, JobStatus, TokenLogprobs
 from headrace.gateway import answers
-from headrace.gateway.services import Services
 from headrace.tests.gateway.conftest import client_of
 from headrace.tests.gateway.courier import MODEL, Courier
 
