@@ -48,9 +48,12 @@ ifneq ($(shell cat $(VENV)/where 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/where
 endif
 
-# Debian splits the parts of a virtual environment off python3: without them another pip fills it.
+# One that somebody made by hand is kept. Debian splits the parts of a virtual environment off
+# python3: without them another pip fills it.
 $(VENV)/where:
-	@for python in "$${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.14; do \
+	@if [ ! -e $@ ] && $(RUN) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo 'using the virtual environment in $(VENV)'; exit 0; fi; \
+	for python in "$${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.14; do \
 	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	  python=; \
 	done; \

@@ -1,18 +1,27 @@
 """The error tree that crosses process borders, as code and text, never as a traceback.
 
-    HeadraceError
+    HeadraceError                500  a fault of ours
     +-- InvalidRequest           400  what the client sent cannot be meant
-    |   +-- UnknownField, WrongType, OutOfRange, InvalidJson, InvalidText, InvalidEventId, ...
+    |   +-- InvalidJson, UnknownField, MissingField, WrongType, OutOfRange, InvalidText
+    |   +-- PromptChoice, InvalidEventId, InvalidCursor, InvalidHeader
     +-- Unauthenticated          401
     +-- Forbidden                403
     +-- NotFound                 404  no such job, or another tenant's: the two are not told apart
+    +-- MethodNotAllowed         405
     +-- Conflict                 409  the job's state does not allow it
+    |   +-- JobAlreadyEnded
     +-- BodyTooLarge             413
+    +-- UnsupportedMediaType     415
     +-- Unprocessable            422  well-formed, but this fleet cannot do it
-    |   +-- UnknownModel, PromptTooLong, IdempotencyMismatch, ChatTemplateRefused, ...
-    +-- Unavailable              503  Postgres or Redis is away: try again
+    |   +-- UnknownModel, PromptTooLong, TokenOutOfVocabulary, ChatTemplateRefused
+    |   +-- IdempotencyMismatch
+    +-- Unavailable              503  try again
+    |   +-- DatabaseUnavailable, QueueUnavailable
     +-- JobFailed                     how a job that was accepted can end (kept in the job's row)
+    |   +-- EngineRefused, DeadlineExceeded
     +-- ConfigurationError            a process cannot start like this
+    +-- StaleAttempt                  a write by an attempt that a newer one has replaced
+    +-- WireError                     bytes that are not a message of this version (wire.py)
 
 Each class has `code` (stable, part of the API), `http_status` and `retryable`. The text has three
 parts: what was asked, what was found (both values), what to do.

@@ -14,6 +14,7 @@ Per model, written by the scripts of `streams.py` and `tokens.py` alone:
   hr:{m}:lanes     set of lane names that hold entries nobody was given yet      (enqueue, claim)
   hr:{m}:held      set of lane names with entries that were given and not ended   (claim, end)
   hr:{m}:served    hash tenant -> tokens served, the scale of fairness            (append, enqueue)
+      field '' holds what the tenant of the job that ended last was served        (finish)
   hr:{m}:urgent    zset `<lane>|<entry id>`, score = ms at which a deadline makes its lane jump
   hr:{m}:job:<id>  hash, one a job until JOB_TTL_S after its end:
       lane, entry  where its stream entry is

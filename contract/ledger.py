@@ -10,6 +10,8 @@ Invariants:
 The state machine is drawn at wire.JobStatus; each transition is the function named there.
 
 Called by: gateway/jobs, worker/intake, worker/emit, tasks.
+
+Size: one class of short transactions, read side by side to see that the states agree.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from headrace.contract.wire import FinishReason, JobStatus
 #: Columns of a job but its output, which lists and state checks do not need.
 _SUMMARY = [c for c in jobs.c if not c.key.startswith("output_") or c.key == "output_gen"]
 _OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)
+_OVERDUE = and_(jobs.c.status == JobStatus.QUEUED, jobs.c.deadline_at <= func.now())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,23 @@ class Ending:
     error_text: str | None = None
 
 
+def _columns_of(ending: Ending) -> dict[str, Any]:
+    return {
+        "status": ending.status,
+        "finish_reason": ending.finish_reason,
+        "finished_at": func.now(),
+        "prompt_tokens": ending.prompt_tokens,
+        "cached_tokens": ending.cached_tokens,
+        "output_text": ending.text,
+        "output_token_ids": list(ending.token_ids),
+        "output_ends": list(ending.ends),
+        "output_logprobs": ending.logprobs,
+        "output_gen": ending.gen,
+        "error_code": ending.error_code,
+        "error_text": ending.error_text,
+    }
+
+
 class Finish(StrEnum):
     DONE = "done"
     REPEATED = "repeated"  # this attempt had ended it already
@@ -73,7 +93,7 @@ class Finish(StrEnum):
 
 class Cancel(StrEnum):
     CANCELED = "canceled"  # it was queued and has ended
-    REQUESTED = "requested"  # it runs: its worker ends it
+    REQUESTED = "requested"  # it has run: its worker, or the sweeper, ends it with its output
     ENDED = "ended"  # too late
     MISSING = "missing"
 
@@ -172,11 +192,17 @@ class Ledger:
             return db.execute(query.order_by(jobs.c.id.desc()).limit(limit)).mappings().all()
 
     def request_cancel(self, job_id: str, *, tenant_id: str) -> Cancel:
-        """End a queued job as canceled, or mark a running one for its worker."""
+        """End a job that never ran as canceled; mark another for whoever ends it.
+
+        A job that was handed back has tokens that subscribers have seen: it is ended with them, by
+        its next worker or by the sweeper (`end_queued`).
+        """
         mine = and_(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id)
         with database_errors("cancel job"), self._engine.begin() as db:
             # Locked, so that a pickup between reading and writing cannot be missed.
-            row = db.execute(select(jobs.c.status).where(mine).with_for_update()).first()
+            row = db.execute(
+                select(jobs.c.status, jobs.c.attempt).where(mine).with_for_update()
+            ).first()
             if row is None:
                 return Cancel.MISSING
             if JobStatus(row.status).is_terminal:
@@ -184,14 +210,15 @@ class Ledger:
             values: dict[str, Any] = {
                 "cancel_requested_at": func.coalesce(jobs.c.cancel_requested_at, func.now())
             }
-            if row.status == JobStatus.QUEUED:
+            never_ran = row.status == JobStatus.QUEUED and row.attempt == 0
+            if never_ran:
                 values |= {
                     "status": JobStatus.CANCELED,
                     "finish_reason": FinishReason.CANCELED,
                     "finished_at": func.now(),
                 }
             db.execute(update(jobs).where(mine).values(**values))
-        return Cancel.CANCELED if row.status == JobStatus.QUEUED else Cancel.REQUESTED
+        return Cancel.CANCELED if never_ran else Cancel.REQUESTED
 
     # -- worker ------------------------------------------------------------------------------
 
@@ -226,24 +253,12 @@ class Ledger:
 
     def finish(self, job_id: str, attempt: int, ending: Ending) -> Finish:
         """End a running job with its output; only its newest attempt may. Safe to repeat."""
-        values: dict[str, Any] = {
-            "status": ending.status,
-            "finish_reason": ending.finish_reason,
-            "finished_at": func.now(),
-            "prompt_tokens": ending.prompt_tokens,
-            "cached_tokens": ending.cached_tokens,
-            "output_text": ending.text,
-            "output_token_ids": list(ending.token_ids),
-            "output_ends": list(ending.ends),
-            "output_logprobs": ending.logprobs,
-            "output_gen": ending.gen,
-            "error_code": ending.error_code,
-            "error_text": ending.error_text,
-        }
         this = and_(jobs.c.id == job_id, jobs.c.attempt == attempt)
         with database_errors(f"finish {job_id}"), self._engine.begin() as db:
             done = db.execute(
-                update(jobs).where(this, jobs.c.status == JobStatus.RUNNING).values(**values)
+                update(jobs)
+                .where(this, jobs.c.status == JobStatus.RUNNING)
+                .values(**_columns_of(ending))
             )
             if not done.rowcount:
                 row = db.execute(select(jobs.c.status).where(this)).first()
@@ -311,20 +326,46 @@ class Ledger:
             return db.execute(query).mappings().all()
 
     def expire_queued(self, *, limit: int) -> Sequence[RowMapping]:
-        """End queued jobs whose deadline has passed; returns them (id, model, attempt)."""
+        """End jobs that never ran and whose deadline has passed; returns (id, model, attempt)."""
+        # A CTE, because an IN (SELECT ... FOR UPDATE) may be scanned again and end more than limit.
         overdue = (
             select(jobs.c.id)
-            .where(jobs.c.status == JobStatus.QUEUED, jobs.c.deadline_at <= func.now())
+            .where(_OVERDUE, jobs.c.attempt == 0)
             .limit(limit)
             .with_for_update(skip_locked=True)
+            .cte("overdue")
         )
         return self._end_queued(
-            jobs.c.id.in_(overdue),
+            jobs.c.id.in_(select(overdue.c.id)),
             JobStatus.EXPIRED,
             FinishReason.EXPIRED,
             "deadline_exceeded",
             "the job's deadline passed before a worker could start it",
         )
+
+    def overdue_resumable(self, *, limit: int) -> Sequence[RowMapping]:
+        """Return overdue jobs that were handed back: they are ended with what they had made."""
+        query = select(*_SUMMARY).where(_OVERDUE, jobs.c.attempt > 0).limit(limit)
+        with database_errors("read overdue jobs"), self._engine.connect() as db:
+            return db.execute(query).mappings().all()
+
+    def end_queued(self, job_id: str, attempt: int, ending: Ending) -> bool:
+        """End a job that was handed back, with its output; False if it moved on since it was read.
+
+        While it is queued and its attempt stays the same nobody appends to its log, so an output
+        read from the log before this call is the whole one.
+        """
+        statement = (
+            update(jobs)
+            .where(
+                jobs.c.id == job_id,
+                jobs.c.attempt == attempt,
+                jobs.c.status == JobStatus.QUEUED,
+            )
+            .values(**_columns_of(ending))
+        )
+        with database_errors(f"end {job_id}"), self._engine.begin() as db:
+            return bool(db.execute(statement).rowcount)
 
     def finish_queued(self, job_id: str, *, error_code: str, error_text: str) -> bool:
         """End a job no attempt can run (its entry cannot be read) as failed."""

@@ -26,11 +26,12 @@ def configure(level: str, process: str) -> None:
 
 
 def event(name: str, *, level: int = logging.INFO, **fields: object) -> None:
-    """Log one event; values with blanks are quoted so that a line stays key=value."""
+    """Log one event; what is not plain is quoted, so a line stays one line of key=value."""
     if logger.isEnabledFor(level):
         logger.log(level, "%s", " ".join([name, *(f"{k}={_value(v)}" for k, v in fields.items())]))
 
 
 def _value(value: object) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return repr(text) if not text or any(c.isspace() or c == '"' for c in text) else text
+    is_plain = text.isprintable() and not any(c in ' "' for c in text)
+    return text if text and is_plain else ascii(text)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry
 
 from headrace.contract.errors import QueueUnavailable
@@ -50,9 +51,13 @@ def redis_errors(what: str) -> Generator[None]:
         raise QueueUnavailable(
             f"{what}: Redis did not answer ({type(error).__name__}): it is tried again"
         ) from error
+    except (OutOfMemoryError, ReadOnlyError, MasterDownError) as error:
+        raise QueueUnavailable(
+            f"{what}: Redis refuses writes ({type(error).__name__}): it is tried again"
+        ) from error
     except redis.ResponseError as error:
-        if str(error).startswith(("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOAUTH")):
+        if str(error).startswith("MISCONF"):  # a server that cannot write its append-only file
             raise QueueUnavailable(
-                f"{what}: Redis refuses writes ({str(error).split(' ', 1)[0]}): it is tried again"
+                f"{what}: Redis refuses writes (MISCONF): it is tried again"
             ) from error
         raise

@@ -5,6 +5,9 @@ slot of its model. Times are the server's. Every script may be run again after a
 outcome is unknown; what a repeat does is said where it is not obvious.
 
 Called by: contract.streams (lanes), contract.tokens (logs), and nothing else.
+
+Size: the operations are read against one another (who sets, who deletes a field), so they stay
+together.
 """
 
 ENQUEUE = """
@@ -19,16 +22,21 @@ local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[5], 'cost', 
 redis.call('HSET', hash, 'lane', lane, 'entry', id)
 redis.call('EXPIRE', hash, ARGV[8])
 if redis.call('SISMEMBER', P..'lanes', lane) == 0 then
-  local least, present = nil, false
-  for _, other in ipairs(redis.call('SMEMBERS', P..'lanes')) do
-    local t = other:match('^[^:]*:[^:]*:(.*)$')
-    if t == tenant then present = true end
-    local s = tonumber(redis.call('HGET', P..'served', t) or '0')
-    if not least or s < least then least = s end
+  local present = false
+  local function least(set)  -- what the least served other tenant of these lanes was served
+    local found = nil
+    for _, other in ipairs(redis.call('SMEMBERS', P..set)) do
+      local t = other:match('^[^:]*:[^:]*:(.*)$')
+      local s = tonumber(redis.call('HGET', P..'served', t) or '0')
+      if t == tenant then present = present or set == 'lanes'
+      elseif not found or s < found then found = s end
+    end
+    return found
   end
-  if not present and least then
-    local own = tonumber(redis.call('HGET', P..'served', tenant) or '0')
-    if own < least then redis.call('HSET', P..'served', tenant, least) end
+  local level = least('lanes') or least('held')
+  level = level or tonumber(redis.call('HGET', P..'served', '') or '0')
+  if not present and tonumber(redis.call('HGET', P..'served', tenant) or '0') < level then
+    redis.call('HSET', P..'served', tenant, level)
   end
   redis.call('SADD', P..'lanes', lane)
 end
@@ -136,6 +144,7 @@ while left > 0 do
   local entry = head(lane)
   if not entry then
     redis.call('SREM', P..'lanes', lane)
+    if redis.call('XLEN', P..'lane:'..lane) == 0 then redis.call('DEL', P..'lane:'..lane) end
   else
     local f = fields(entry)
     if not fits(tonumber(f.cost)) then return {given, 1} end
@@ -156,10 +165,12 @@ RENEW = """
 local P, me, out = ARGV[1], ARGV[2], {}
 for i = 4, #ARGV, 2 do
   local hash = P..'job:'..ARGV[i]
-  local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry', 'cancel')
-  local state = 'held'
-  if not h[1] or not h[2] then state = 'gone'
-  elseif h[1] ~= ARGV[i + 1] then state = 'lost'
+  local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry', 'cancel', 'end')
+  local state, attempt = 'held', tonumber(ARGV[i + 1])
+  if h[5] then state = 'lost'
+  elseif not h[1] or not h[2] then state = 'gone'
+  elseif tonumber(h[1]) > attempt then state = 'lost'
+  elseif tonumber(h[1]) < attempt then state = 'gone'  -- the newest fence was not on disk
   else
     local ok = redis.pcall('XCLAIM', P..'lane:'..h[2], 'workers', me, 0, h[3], 'JUSTID')
     if ok.err or #ok == 0 then state = 'gone'
@@ -192,6 +203,8 @@ for i = 3, #ARGV, 2 do
       elseif redis.call('XPENDING', stream, 'workers')[1] == 0 then
         redis.call('SREM', P..'held', h[1])
       end
+      local tenant = h[1]:match('^[^:]*:[^:]*:(.*)$')
+      redis.call('HSET', P..'served', '', redis.call('HGET', P..'served', tenant) or '0')
     end
     redis.call('ZREM', P..'urgent', h[1]..'|'..h[2])
     redis.call('EXPIRE', hash, ARGV[2])
@@ -226,8 +239,8 @@ RESTORE = """
 -- This Redis lost the job while its worker ran on: the worker puts back what it knows.
 local P, job, attempt = ARGV[1], ARGV[3], tonumber(ARGV[4])
 local hash = P..'job:'..job
-local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry')
-if h[1] and tonumber(h[1]) > attempt then return 0 end
+local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry', 'end')
+if h[4] or (h[1] and tonumber(h[1]) > attempt) then return 0 end
 if h[2] then  -- a relay enqueued it again meanwhile: that entry goes, ours replaces it
   redis.pcall('XACK', P..'lane:'..h[2], 'workers', h[3])
   redis.pcall('XDEL', P..'lane:'..h[2], h[3])
@@ -247,6 +260,26 @@ redis.call('DEL', P..'log:'..job)
 for i = 11, #ARGV do redis.call('RPUSH', P..'log:'..job, ARGV[i]) end
 redis.call('EXPIRE', P..'log:'..job, ARGV[10])
 return 1
+"""
+
+DEPTHS = """
+-- KEYS 1 lanes | ARGV prefix
+local P, out = ARGV[1], {}
+for _, lane in ipairs(redis.call('SUNION', P..'lanes', P..'held')) do
+  local stream = P..'lane:'..lane
+  if redis.call('EXISTS', stream) == 1 then
+    local held, last = 0, '0-0'
+    for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+      for i = 1, #group, 2 do
+        if group[i] == 'last-delivered-id' then last = group[i + 1] end
+        if group[i] == 'pending' then held = group[i + 1] end
+      end
+    end
+    local oldest = redis.call('XRANGE', stream, '('..last, '+', 'COUNT', 1)[1]
+    out[#out + 1] = {lane, redis.call('XLEN', stream), held, oldest and oldest[1] or ''}
+  end
+end
+return out
 """
 
 _SHARDS = """
@@ -298,8 +331,8 @@ for i = 4, #ARGV, 6 do
   local hash = P..'job:'..job
   local h = redis.call('HMGET', hash, 'attempt', 'next', 'end')
   local state
-  if not h[1] then state = 3
-  elseif h[1] ~= ARGV[i + 2] or h[3] then state = 2
+  if h[3] or (h[1] and tonumber(h[1]) > tonumber(ARGV[i + 2])) then state = 2
+  elseif h[1] ~= ARGV[i + 2] then state = 3  -- unknown, or the newest fence was not on disk
   else
     local next_index = tonumber(h[2] or '0')
     if first + count <= next_index then state = 1

@@ -10,15 +10,17 @@ Invariants:
    README's settings table is these fields (tests/contract/test_settings.py).
 
 Called by: each `__main__` and `create_app`, once; slices are passed down from there.
+`python -m headrace.contract.settings` prints the table of README.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 
 from headrace.contract.errors import ConfigurationError
 
@@ -78,23 +80,39 @@ def _read_secret_files(environ: Mapping[str, str]) -> dict[str, str]:
     given = {k: v for k, v in environ.items() if k.startswith(PREFIX)}
     for variable in [k for k in given if k.endswith("_FILE")]:
         path = Path(given.pop(variable))
+        plain = variable.removesuffix("_FILE")
+        if plain in given:
+            raise ConfigurationError(f"environment has {plain} and {variable}: keep one of them")
         try:
-            given[variable.removesuffix("_FILE")] = path.read_text().strip()
-        except OSError as error:
+            given[plain] = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise ConfigurationError(
-                f"{variable} names {path}; it cannot be read ({error.strerror}): correct the path"
+                f"{variable} names {path}; it cannot be read ({why}): correct the path"
             ) from None
     return given
+
+
+def _begins_with(*schemes: str) -> Callable[[SecretStr], SecretStr]:
+    def check(value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(schemes):
+            raise ValueError(f"an address must begin with {' or '.join(schemes)}")
+        return value
+
+    return check
 
 
 class StoreSettings(Settings):
     """Where Redis and Postgres are: what every process but the engine needs."""
 
     redis_url: Annotated[
-        SecretStr, Field(description="Redis or Valkey >= 7.0, `redis://[:password@]host:port/0`.")
+        SecretStr,
+        AfterValidator(_begins_with("redis://", "rediss://", "unix://")),
+        Field(description="Redis or Valkey >= 7.0, `redis://[:password@]host:port/0`."),
     ]
     database_url: Annotated[
         SecretStr,
+        AfterValidator(_begins_with("postgresql+psycopg://")),
         Field(description="Postgres >= 14, `postgresql+psycopg://user:password@host:port/name`."),
     ]
     log_level: Annotated[
@@ -149,7 +167,7 @@ class WorkerSettings(StoreSettings):
     ] = ""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Field(description="Weights and KV cache; auto: the model's own."),
+        Field(description="Weights and KV cache; auto: float32 on a CPU."),
     ] = "auto"
     engine_threads: Annotated[
         int,
@@ -193,6 +211,9 @@ class WorkerSettings(StoreSettings):
         Literal["model", "stub"],
         Field(description="stub: tokens from a pure function, no model (fault tests)."),
     ] = "model"
+    stub_step_ms: Annotated[
+        float, Field(ge=0, le=10_000, description="How long a step of the stub takes, ms.")
+    ] = 0.0
 
 
 class TasksSettings(StoreSettings):
@@ -230,3 +251,36 @@ class FleetSettings(Settings):
     api_key: Annotated[
         SecretStr, Field(description="Key the CLI sends; empty: the one of the data folder.")
     ] = SecretStr("")
+
+
+def table() -> str:
+    """Return README's settings table: one row a variable, with the services that read it."""
+    rows = ["| variable | default | what it is | read by |", "|---|---|---|---|"]
+    for variable, uses in sorted(_uses().items()):
+        field = uses[0][1]
+        services = ", ".join(service for service, _ in uses)
+        rows.append(f"| `{variable}` | {_default_of(field)} | {field.description} | {services} |")
+    return "\n".join(rows)
+
+
+def _uses() -> dict[str, list[tuple[str, FieldInfo]]]:
+    # FleetSettings last: where it shares a variable, the services' own words describe it.
+    found: dict[str, list[tuple[str, FieldInfo]]] = {}
+    for cls in (GatewaySettings, WorkerSettings, TasksSettings, FleetSettings):
+        service = cls.__name__.removesuffix("Settings").lower()
+        for name, field in cls.model_fields.items():
+            found.setdefault(_variable(name), []).append((service, field))
+    return found
+
+
+def _default_of(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    return f"`{value}`" if value != "" else "empty"
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,6 +1,7 @@
-"""From a job's row to what a worker is given: the one place that builds a wire.JobSpec.
+"""From a job's row to its messages: the one place that builds a JobSpec, or a JobEnd from a row.
 
-Called by: gateway/outbox (enqueue at accept), tasks (relay and sweeper, which enqueue again).
+Called by: gateway/outbox (enqueue at accept), gateway/upkeep (relay and sweeper, which enqueue
+again), gateway/job_json and worker/intake (the end of a job that has ended).
 """
 
 from __future__ import annotations
@@ -31,6 +32,26 @@ def spec_of(row: RowMapping) -> wire.JobSpec:
         prompt_token_ids=None if ids is None else tuple(ids),
         messages=None if messages is None else tuple(messages),
         deadline_ms=None if deadline_at is None else int(deadline_at.timestamp() * 1000),
+    )
+
+
+def end_of(row: RowMapping) -> wire.JobEnd:
+    """Return the end record of a job that has ended, as its worker wrote it or would have.
+
+    A job that ended in the queue has no output: its log counts as one begun anew after its last
+    attempt, which never wrote to it.
+    """
+    gen = row["output_gen"]
+    return wire.JobEnd(
+        job=row["id"],
+        gen=row["attempt"] if gen is None else gen,
+        next=len(row["output_token_ids"] or ()),
+        status=wire.JobStatus(row["status"]),
+        finish_reason=wire.FinishReason(row["finish_reason"]) if row["finish_reason"] else None,
+        prompt_tokens=row["prompt_tokens"] or 0,
+        cached_tokens=row["cached_tokens"] or 0,
+        error_code=row["error_code"],
+        error_text=row["error_text"],
     )
 
 

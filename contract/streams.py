@@ -14,8 +14,9 @@ Invariants:
 4. `claim` gives a worker only what it has room for, lanes in this order: taken over and handed
    back, then a lane whose deadline is near, then class, then the tenant served least, then
    priority. A job too large for the room blocks those behind it (else it would starve).
-5. A tenant that comes back from idleness starts at the level of the least served active one: it
-   cannot save up (Sheng et al., "Fairness in Serving Large Language Models", 2024, section 4).
+5. A tenant that has nothing queued cannot save up: its next job finds it at the level of the least
+   served one that waits, else of the least served one that runs, else of the one that ended last
+   (Sheng et al., "Fairness in Serving Large Language Models", 2024, section 4).
 
 Called by: gateway/jobs and tasks (enqueue, cancel), worker/intake and worker/leases.
 """
@@ -72,6 +73,7 @@ class JobStreams:
         self._hand_back = client.register_script(scripts.HAND_BACK)
         self._cancel = client.register_script(scripts.CANCEL)
         self._restore = client.register_script(scripts.RESTORE)
+        self._depths = client.register_script(scripts.DEPTHS)
 
     def enqueue(self, spec: wire.JobSpec, cost_tokens: int) -> bool:
         """Put the job in its lane; False when it is already there. Safe to repeat."""
@@ -203,21 +205,19 @@ class JobStreams:
     def depths(self, model: str) -> list[LaneDepth]:
         """Return the lanes of a model that hold anything, with depth and age."""
         with redis_errors("queue depth"):
-            names = cast("set[bytes]", self._client.smembers(keys.prefix(model) + "lanes"))
-            names |= cast("set[bytes]", self._client.smembers(keys.prefix(model) + "held"))
-            return [self._depth(model, name.decode()) for name in sorted(names)]
-
-    def _depth(self, model: str, lane: str) -> LaneDepth:
-        stream = keys.lane_stream(model, lane)
-        if not self._client.exists(stream):
-            return LaneDepth(lane, 0, 0, None)
-        length = int(self._client.xlen(stream))
-        group = self._client.xinfo_groups(stream)[0]
-        after = "(" + group["last-delivered-id"].decode()
-        oldest = cast("list[Any]", self._client.xrange(stream, min=after, count=1))
-        oldest_ms = int(oldest[0][0].split(b"-")[0]) if oldest else None
-        held = int(group["pending"])
-        return LaneDepth(lane, max(0, length - held), held, oldest_ms)
+            rows = cast(
+                "list[tuple[bytes, int, int, bytes]]",
+                self._depths(keys=[keys.prefix(model) + "lanes"], args=[keys.prefix(model)]),
+            )
+        return [
+            LaneDepth(
+                lane.decode(),
+                num_queued=max(0, length - held),
+                num_held=held,
+                oldest_ms=int(oldest.split(b"-")[0]) if oldest else None,
+            )
+            for lane, length, held, oldest in sorted(rows)
+        ]
 
 
 class Workers:

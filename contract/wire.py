@@ -51,8 +51,9 @@ class JobStatus(StrEnum):
     RUNNING -> QUEUED             [ledger.hand_back]     drain
     RUNNING -> RUNNING            [ledger.pick_up]       takeover: the attempt grows
     RUNNING -> SUCCEEDED, FAILED, CANCELED, EXPIRED      [ledger.finish]
-    QUEUED -> CANCELED            [ledger.request_cancel]
-    QUEUED -> EXPIRED             [ledger.expire_queued]
+    QUEUED -> CANCELED            [ledger.request_cancel]  no attempt was made; else end_queued
+    QUEUED -> EXPIRED             [ledger.expire_queued]   likewise
+    QUEUED -> CANCELED, EXPIRED   [ledger.end_queued]      handed back: ends with its output
     QUEUED -> FAILED              [ledger.finish_queued]  refused before any attempt could run it
     """
 
@@ -239,6 +240,8 @@ def split_frame(frame: bytes) -> Iterator[bytes]:
     """Yield the u32-prefixed (big-endian) messages of a shard frame (see tokens.APPEND)."""
     at = 0
     while at < len(frame):
-        size = int.from_bytes(frame[at : at + 4], "big")
-        yield frame[at + 4 : at + 4 + size]
-        at += 4 + size
+        start = at + 4
+        at = start + int.from_bytes(frame[at:start], "big")
+        if start > len(frame) or at > len(frame):
+            raise WireError(f"frame of {len(frame)} bytes is cut short: a message ends at {at}")
+        yield frame[start:at]

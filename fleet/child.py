@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 POLL_S = 0.01
 
 #: How many lines of a child's log an error shows.
-TAIL_LINES = 15
+TAIL_LINES = 30
 
 
 def start_child(

@@ -12,6 +12,7 @@ import msgspec
 from sqlalchemy import RowMapping
 
 from headrace.contract import wire
+from headrace.contract.specs import end_of
 
 
 def job_json(row: RowMapping) -> dict[str, Any]:
@@ -39,26 +40,6 @@ def job_json(row: RowMapping) -> dict[str, Any]:
         job["output"] = _output(row)
         job["usage"] = _usage(end_of(row)) if status.is_terminal else None
     return job
-
-
-def end_of(row: RowMapping) -> wire.JobEnd:
-    """Return the end record of a job that has ended, as its worker wrote it or would have.
-
-    A job that ended in the queue has no output: its log counts as one begun anew after its last
-    attempt, which never wrote to it.
-    """
-    gen = row["output_gen"]
-    return wire.JobEnd(
-        job=row["id"],
-        gen=row["attempt"] if gen is None else gen,
-        next=len(row["output_token_ids"] or ()),
-        status=wire.JobStatus(row["status"]),
-        finish_reason=wire.FinishReason(row["finish_reason"]) if row["finish_reason"] else None,
-        prompt_tokens=row["prompt_tokens"] or 0,
-        cached_tokens=row["cached_tokens"] or 0,
-        error_code=row["error_code"],
-        error_text=row["error_text"],
-    )
 
 
 def output_chunk(row: RowMapping) -> wire.TokenChunk | None:

@@ -8,7 +8,7 @@ and find nothing to do.
 from __future__ import annotations
 
 from alembic import context
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, text
 
 from headrace.contract.errors import ConfigurationError
 from headrace.contract.records import metadata
@@ -20,7 +20,8 @@ url = context.config.attributes.get("url") or context.get_x_argument(as_dictiona
 if not url:
     raise ConfigurationError("no database was named: use `headrace migrate`, or `-x url=...`")
 
-with create_engine(url).connect() as connection:
+# No pool: the lock belongs to the session, so the connection must be closed at the end, not kept.
+with create_engine(url, poolclass=NullPool).connect() as connection:
     connection.execute(text("select pg_advisory_lock(:key)"), {"key": LOCK_KEY})
     connection.commit()
     context.configure(connection=connection, target_metadata=metadata)

@@ -91,11 +91,11 @@ def upgrade() -> None:
         sa.Column("output_logprobs", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("output_gen", sa.Integer(), nullable=True),
         sa.CheckConstraint(
-            "(status in ('queued', 'running')) = (finished_at is null)", name="ck_jobs_ended"
+            "(status in ('queued', 'running')) = (finished_at is null)", name=op.f("ck_jobs_ended")
         ),
         sa.CheckConstraint(
             "status in ('queued', 'running', 'succeeded', 'failed', 'canceled', 'expired')",
-            name="ck_jobs_status",
+            name=op.f("ck_jobs_status"),
         ),
         sa.ForeignKeyConstraint(["key_id"], ["api_keys.id"], name="fk_jobs_key_id"),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_jobs_tenant_id"),

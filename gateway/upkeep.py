@@ -1,0 +1,170 @@
+"""What must happen even if nobody asks: relay, deadlines, lost jobs, retention.
+
+Each function is idempotent and may run twice at once: enqueueing a known job does nothing, and
+every ending is one conditional UPDATE.
+
+Invariants:
+1. A job that is queued in Postgres is in its lane, or will be at the next run (design invariant 2).
+2. A running job is enqueued again only when Redis does not know it, its worker's heartbeat is gone,
+   and this Redis has had its memory for longer than a lease: a live worker restores its own first.
+3. A job whose worker is dead and that must not run any more (canceled, past its deadline) ends with
+   the tokens its log holds: what subscribers saw is what is stored.
+
+Called by: gateway/tasks (Celery); never inference.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+from sqlalchemy import RowMapping
+
+from headrace.contract import log
+from headrace.contract.errors import DeadlineExceeded
+from headrace.contract.ledger import Ending, Finish, Ledger
+from headrace.contract.specs import end_of, spec_of
+from headrace.contract.streams import JobStreams, Workers
+from headrace.contract.tokens import TokenLog
+from headrace.contract.wire import FinishReason, JobStatus
+
+#: Rows read or written by one statement.
+PAGE = 500
+
+
+class Upkeep:
+    """The tasks, over the stores."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        streams: JobStreams,
+        tokens: TokenLog,
+        workers: Workers,
+        lease_s: float,
+        retention_days: int,
+    ) -> None:
+        self._ledger = ledger
+        self._streams = streams
+        self._tokens = tokens
+        self._workers = workers
+        self._lease_s = lease_s
+        self._retention = timedelta(days=retention_days)
+
+    def relay(self, *, older_than_s: float = 1.0) -> int:
+        """Enqueue the jobs whose enqueue nobody confirmed; returns how many rows were done."""
+        num_done = 0
+        while rows := self._ledger.outbox_jobs(older_than_s=older_than_s, limit=PAGE):
+            num_new = self._enqueue(row for row in rows if not JobStatus(row["status"]).is_terminal)
+            self._ledger.outbox_done([row["id"] for row in rows])
+            num_done += len(rows)
+            log.event("outbox.relayed", rows=len(rows), enqueued=num_new)
+        return num_done
+
+    def expire(self) -> int:
+        """End the queued jobs whose deadline has passed, and tell their subscribers."""
+        num_expired = 0
+        while rows := self._ledger.expire_queued(limit=PAGE):
+            self._tell_ends([row["id"] for row in rows])
+            num_expired += len(rows)
+            log.event("jobs.expired", jobs=len(rows))
+        return num_expired
+
+    def sweep(self) -> int:
+        """Put lost jobs back, end dead workers' unwanted ones; returns how many were touched."""
+        is_settled = self._workers.epoch_age_ms() > self._lease_s * 1000
+        alive = self._workers.alive().keys()
+        num_touched, after = 0, ""
+        while rows := self._ledger.open_jobs(after=after, limit=PAGE):
+            after = rows[-1]["id"]
+            lost = [
+                row
+                for row in self._unknown(rows)
+                if row["status"] == JobStatus.QUEUED or (is_settled and row["worker"] not in alive)
+            ]
+            num_touched += self._enqueue(lost)
+            for row in rows:
+                if row["status"] == JobStatus.RUNNING:
+                    num_touched += self._look_after(row, is_alive=row["worker"] in alive)
+        if num_touched:
+            log.event("jobs.swept", level=logging.WARNING, jobs=num_touched)
+        return num_touched
+
+    def retain(self) -> int:
+        """Delete jobs that ended longer ago than they are kept."""
+        before = datetime.now(UTC) - self._retention
+        num_deleted = 0
+        while found := self._ledger.delete_ended(before=before, limit=PAGE):
+            num_deleted += found
+        if num_deleted:
+            log.event("jobs.deleted", jobs=num_deleted)
+        return num_deleted
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _enqueue(self, rows: Iterable[RowMapping]) -> int:
+        return sum(self._streams.enqueue(spec_of(row), row["cost_tokens"]) for row in rows)
+
+    def _unknown(self, rows: Sequence[RowMapping]) -> list[RowMapping]:
+        by_model: dict[str, list[RowMapping]] = defaultdict(list)
+        for row in rows:
+            by_model[row["model"]].append(row)
+        lost: list[RowMapping] = []
+        for model, group in by_model.items():
+            known = self._streams.knows(model, [row["id"] for row in group])
+            lost += [row for row, is_known in zip(group, known, strict=True) if not is_known]
+        return lost
+
+    def _look_after(self, row: RowMapping, *, is_alive: bool) -> bool:
+        """See to a running job that was canceled or is overdue; True when something was done."""
+        canceled_at, deadline_at = row["cancel_requested_at"], row["deadline_at"]
+        grace = timedelta(seconds=self._lease_s)  # its worker, or the next, has the first word
+        now = datetime.now(UTC)
+        if canceled_at is not None and is_alive:
+            self._streams.cancel(row["model"], row["id"])  # in case the first message was lost
+            return False
+        if is_alive:
+            return False
+        if canceled_at is not None and now > canceled_at + grace:
+            return self._end_with_log(row, JobStatus.CANCELED)
+        if deadline_at is not None and now > deadline_at + grace:
+            return self._end_with_log(row, JobStatus.EXPIRED)
+        return False
+
+    def _end_with_log(self, row: RowMapping, status: JobStatus) -> bool:
+        """End a dead worker's job with what its log holds."""
+        view = self._tokens.read(row["model"], row["id"])
+        ends: list[int] = []
+        for chunk in view.chunks:
+            start = ends[-1] if ends else 0
+            ends += [start + end for end in chunk.ends]
+        is_expired = status is JobStatus.EXPIRED
+        asked = row["sampling"].get("logprobs") is not None
+        logprobs = [item for chunk in view.chunks for item in chunk.logprobs or ()]
+        ending = Ending(
+            status=status,
+            finish_reason=FinishReason.EXPIRED if is_expired else FinishReason.CANCELED,
+            gen=view.chunks[-1].gen if view.chunks else 0,
+            text="".join(chunk.text for chunk in view.chunks),
+            token_ids=tuple(token for chunk in view.chunks for token in chunk.ids),
+            ends=tuple(ends),
+            logprobs=msgspec.to_builtins(logprobs) if asked else None,
+            error_code=DeadlineExceeded.code if is_expired else None,
+            error_text="the job's deadline passed while no worker ran it" if is_expired else None,
+        )
+        if self._ledger.finish(row["id"], row["attempt"], ending) is not Finish.DONE:
+            return False
+        self._tell_ends([row["id"]])
+        return True
+
+    def _tell_ends(self, job_ids: Sequence[str]) -> None:
+        """Append the end records of jobs that have ended, and drop their entries."""
+        for job_id in job_ids:
+            row = self._ledger.job(job_id)
+            if row is not None:
+                self._tokens.end(row["model"], [end_of(row)])
+                self._streams.finish(row["model"], [(job_id, "")])

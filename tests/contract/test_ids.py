@@ -1,0 +1,42 @@
+"""Ids: UUIDv7 behind a prefix, in order of time, with a form that is checked whole."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import pytest
+
+from headrace.contract.ids import is_job_id, new_id, uuid7_hex
+
+
+def test_an_id_is_a_uuid7_of_now():
+    made = uuid.UUID(uuid7_hex())
+    assert (made.version, made.variant) == (7, uuid.RFC_4122)
+    assert abs((made.int >> 80) - time.time() * 1000) < 60_000
+
+
+def test_ids_differ_and_sort_by_time():
+    made = [uuid7_hex() for _ in range(2000)]
+    assert len(set(made)) == len(made)
+    times = [h[:12] for h in made]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "job_",
+        "job_" + "A" * 32,
+        "job_" + "0" * 31,
+        "job_" + "0" * 33,
+        "key_" + "0" * 32,
+        "job_" + "0" * 32 + "\n",
+        " job_" + "0" * 32,
+        "job_" + "٠" * 32,
+    ],
+)
+def test_other_texts_are_no_job_ids(text):
+    assert is_job_id(new_id("job"))
+    assert not is_job_id(text)

@@ -1,0 +1,285 @@
+"""Relay, deadlines, sweeper and retention on real stores; and once as Celery runs them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import pytest
+from sqlalchemy import text, update
+
+from headrace.contract import database, redis_client, wire
+from headrace.contract.accounts import Accounts
+from headrace.contract.ids import new_id
+from headrace.contract.ledger import Ledger
+from headrace.contract.records import jobs
+from headrace.contract.specs import spec_of
+from headrace.contract.streams import JobStreams, Workers
+from headrace.contract.tokens import TokenLog
+from headrace.contract.wire import JobStatus
+from headrace.gateway.upkeep import Upkeep
+from headrace.tests.gateway.courier import MODEL, Courier
+
+LEASE_S = 0.05
+
+
+@dataclass
+class Parts:
+    upkeep: Upkeep
+    ledger: Ledger
+    streams: JobStreams
+    tokens: TokenLog
+    workers: Workers
+    courier: Courier
+    tenant: str
+    key: str
+    engine: object
+    client: object
+
+    def accept(self, **changes) -> str:
+        """Accept a job as the gateway does, up to the commit."""
+        job_id = new_id("job")
+        row = {
+            "id": job_id,
+            "tenant_id": self.tenant,
+            "key_id": self.key,
+            "model": MODEL,
+            "job_class": "interactive",
+            "priority": "normal",
+            "input": {"prompt": "p"},
+            "sampling": msgspec.to_builtins(wire.Sampling(), str_keys=True),
+            "meta": {},
+            "cost_tokens": 10,
+        }
+        self.ledger.accept_job(row | changes, idempotency_key=None, request_sha256=b"")
+        return job_id
+
+    def enqueue(self, job_id: str) -> None:
+        self.streams.enqueue(spec_of(self.row(job_id)), 10)
+
+    def row(self, job_id: str):
+        row = self.ledger.job(job_id)
+        assert row is not None
+        return row
+
+    def set(self, job_id: str, **values) -> None:
+        with self.engine.begin() as db:
+            db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
+
+    def claimable(self) -> list[str]:
+        claimed = self.streams.claim(
+            MODEL, "w9", lease_ms=60_000, room_tokens=1 << 20, max_jobs=50, is_idle=True
+        )
+        return [claim.job for claim in claimed.claims]
+
+
+@pytest.fixture
+def parts(redis_url, database_url) -> Iterator[Parts]:
+    engine, client = database.connect(database_url), redis_client.connect(redis_url)
+    client.flushall()
+    with engine.begin() as db:
+        db.execute(text("truncate jobs cascade"))
+    ledger, streams, tokens, workers = (
+        Ledger(engine),
+        JobStreams(client),
+        TokenLog(client),
+        Workers(client),
+    )
+    key = Accounts(engine).create_key(tenant="t", name="n")
+    upkeep = Upkeep(
+        ledger=ledger,
+        streams=streams,
+        tokens=tokens,
+        workers=workers,
+        lease_s=LEASE_S,
+        retention_days=1,
+    )
+    yield Parts(
+        upkeep=upkeep,
+        ledger=ledger,
+        streams=streams,
+        tokens=tokens,
+        workers=workers,
+        courier=Courier(ledger, streams, tokens),
+        tenant=key.tenant_id,
+        key=key.id,
+        engine=engine,
+        client=client,
+    )
+    engine.dispose()
+    client.close()
+
+
+def settle(parts: Parts) -> None:
+    """Let this Redis have had its memory for longer than a lease."""
+    while parts.workers.epoch_age_ms() <= LEASE_S * 1000:
+        pass
+
+
+def beat(parts: Parts, worker: str) -> None:
+    parts.workers.beat(
+        wire.WorkerBeat(
+            worker=worker,
+            model=MODEL,
+            host="h",
+            pid=1,
+            state="ready",
+            started_ms=0,
+            step=0,
+            step_age_ms=0,
+            num_running=0,
+            num_waiting=0,
+            free_blocks=0,
+            total_blocks=0,
+        ),
+        lifetime_ms=60_000,
+    )
+
+
+def test_relay_enqueues_what_nobody_confirmed_and_only_once(parts):
+    job = parts.accept()
+    assert parts.upkeep.relay(older_than_s=60) == 0, "the gateway has the first word"
+    assert parts.upkeep.relay(older_than_s=0) == 1
+    assert parts.upkeep.relay(older_than_s=0) == 0
+    assert parts.claimable() == [job]
+
+
+def test_relay_does_not_enqueue_a_job_that_has_ended(parts):
+    job = parts.accept()
+    parts.ledger.request_cancel(job, tenant_id=parts.tenant)
+    assert parts.upkeep.relay(older_than_s=0) == 1
+    assert parts.claimable() == []
+
+
+def test_relay_of_an_enqueued_job_changes_nothing(parts):
+    job = parts.accept()
+    parts.enqueue(job)
+    parts.upkeep.relay(older_than_s=0)
+    assert parts.claimable() == [job]
+
+
+def test_an_overdue_queued_job_expires_and_its_subscribers_are_told(parts):
+    job, other = parts.accept(), parts.accept()
+    for each in (job, other):
+        parts.enqueue(each)
+    parts.set(job, deadline_at=text("now() - interval '1 second'"))
+    assert parts.upkeep.expire() == 1
+    assert parts.row(job)["status"] == JobStatus.EXPIRED
+    end = parts.tokens.read(MODEL, job).end
+    assert end is not None
+    assert end.status is JobStatus.EXPIRED
+    assert parts.claimable() == [other]
+
+
+def test_invariant_2_a_queued_job_that_redis_lost_is_put_back(parts):
+    job = parts.accept()
+    parts.enqueue(job)
+    parts.client.flushall()
+    assert parts.upkeep.sweep() == 1
+    assert parts.upkeep.sweep() == 0
+    assert parts.claimable() == [job]
+
+
+def test_a_running_job_that_redis_lost_is_left_to_its_living_worker(parts):
+    parts.enqueue(parts.accept())
+    held = parts.courier.take()
+    parts.client.flushall()
+    settle(parts)
+    beat(parts, parts.courier.name)
+    assert parts.upkeep.sweep() == 0
+    assert parts.row(held.claim.job)["status"] == JobStatus.RUNNING
+
+
+def test_a_running_job_that_redis_lost_waits_until_a_living_worker_had_time_to_restore(parts):
+    parts.enqueue(parts.accept())
+    parts.courier.take()
+    parts.client.flushall()
+    assert parts.upkeep.sweep() == 0, "this Redis has just begun"
+
+
+def test_a_running_job_that_redis_lost_and_whose_worker_is_dead_is_put_back(parts):
+    job = parts.accept()
+    parts.enqueue(job)
+    parts.courier.take()
+    parts.client.flushall()
+    settle(parts)
+    assert parts.upkeep.sweep() == 1
+    assert parts.claimable() == [job]
+
+
+def test_a_dead_workers_canceled_job_ends_with_the_tokens_of_its_log(parts):
+    job = parts.accept()
+    parts.enqueue(job)
+    held = parts.courier.take()
+    parts.courier.say(held, 3)
+    parts.courier.say(held, 2)
+    parts.set(job, cancel_requested_at=text("now() - interval '1 minute'"))
+    assert parts.upkeep.sweep() == 1
+    row = parts.row(job)
+    assert (row["status"], row["output_text"]) == (JobStatus.CANCELED, held.text)
+    assert row["output_token_ids"] == held.ids
+    view = parts.tokens.read(MODEL, job)
+    assert view.end is not None
+    assert view.end.next == 5
+
+
+def test_a_dead_workers_overdue_job_expires_but_a_living_ones_is_its_own(parts):
+    job = parts.accept()
+    parts.enqueue(job)
+    parts.courier.take()
+    parts.set(job, deadline_at=text("now() - interval '1 minute'"))
+    beat(parts, parts.courier.name)
+    assert parts.upkeep.sweep() == 0
+    parts.workers.leave(parts.courier.name)
+    assert parts.upkeep.sweep() == 1
+    assert parts.row(job)["error_code"] == "deadline_exceeded"
+
+
+def test_a_cancellation_whose_message_was_lost_is_sent_again(parts):
+    job = parts.accept()
+    parts.enqueue(job)
+    held = parts.courier.take()
+    parts.set(job, cancel_requested_at=text("now()"))
+    beat(parts, parts.courier.name)
+    parts.upkeep.sweep()
+    assert parts.streams.renew(MODEL, parts.courier.name, [(job, held.attempt)]) == ["cancel"]
+
+
+def test_retention_deletes_what_ended_long_ago_and_nothing_else(parts):
+    old, new, running = parts.accept(), parts.accept(), parts.accept()
+    for job in (old, new):
+        parts.ledger.request_cancel(job, tenant_id=parts.tenant)
+    parts.set(old, finished_at=text("now() - interval '2 days'"))
+    assert parts.upkeep.retain() == 1
+    assert parts.ledger.job(old) is None
+    assert parts.row(new)["status"] == JobStatus.CANCELED
+    assert parts.row(running)["status"] == JobStatus.QUEUED
+
+
+def test_celery_runs_the_upkeep(parts, redis_url, database_url, tmp_path):
+    job = parts.accept()
+    command = [sys.executable, "-m", "celery", "-A", "headrace.gateway.tasks", "worker", "-B"]
+    command += ["--pool", "solo", "--concurrency", "1", "-s", str(tmp_path / "schedule")]
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "HEADRACE_REDIS_URL": redis_url,
+        "HEADRACE_DATABASE_URL": database_url,
+        "HEADRACE_RELAY_EVERY_S": "0.2",
+    }
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := parts.claimable()):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert found == [job]

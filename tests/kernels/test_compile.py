@@ -1,0 +1,77 @@
+"""Every kernel compiles for sm_90 with the very arguments its launcher passes; needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+#: What one block may have on Hopper: 227 KiB.
+MAX_SHARED_BYTES = 227 * 1024
+KERNELS = {
+    "_rms_norm_kernel",
+    "_residual_rms_norm_kernel",
+    "_silu_mul_kernel",
+    "_qkv_rope_write_kernel",
+    "_qkv_norm_rope_write_kernel",
+    "_paged_decode_kernel",
+    "_merge_splits_kernel",
+    "_paged_prefill_kernel",
+    "_logprobs_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    environ = os.environ | {
+        "PYTHONPATH": str(ROOT / ".imports"),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }
+    environ.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_for_sm90.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environ, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_in_every_dtype(compiled):
+    built = {(row["kernel"], row["dtype"]) for row in compiled if row["cubin_bytes"] > 0}
+    dtypes = ("float32", "float16", "bfloat16")
+    wanted = {(kernel, dtype) for kernel in KERNELS for dtype in dtypes}
+    wanted |= {(f"_{name}_kernel", "float32") for name in ("sample", "noise", "penalise")}
+    assert built == wanted
+
+
+def test_every_kernel_of_the_folder_is_compiled(compiled):
+    defined = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        defined |= {
+            line.split("(")[0].removeprefix("def ")
+            for line in path.read_text().splitlines()
+            if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
+        }
+    assert {row["kernel"] for row in compiled} == defined
+
+
+def test_attention_compiles_for_every_head_dim(compiled):
+    for kernel in ("_paged_decode_kernel", "_paged_prefill_kernel"):
+        dims = {row["head_dim"] for row in compiled if row["kernel"] == kernel}
+        assert dims == {64, 96, 128, 256}
+
+
+def test_matrix_products_run_on_tensor_cores(compiled):
+    rows = [row for row in compiled if row["has_dot"]]
+    assert {row["kernel"] for row in rows} == {"_paged_decode_kernel", "_paged_prefill_kernel"}
+    for row in rows:
+        # fp32 is exact on purpose ("ieee"), which tensor cores are not.
+        assert row["has_mma"] == (row["dtype"] != "float32"), row
+
+
+def test_shared_memory_fits_a_block(compiled):
+    for row in compiled:
+        assert row["shared_bytes"] <= MAX_SHARED_BYTES, row

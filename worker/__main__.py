@@ -1,0 +1,43 @@
+"""`python -m headrace.worker`: one worker, until SIGTERM or SIGINT has drained it.
+
+Exit status: 0 drained, 1 unexpected, 2 it cannot start like this (said in one line on stderr).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+from headrace.contract import log
+from headrace.contract.errors import ConfigurationError
+from headrace.contract.settings import WorkerSettings
+from headrace.worker.lifecycle import build
+
+
+def main() -> int:
+    """Run one worker from the environment's settings."""
+    try:
+        settings = WorkerSettings.from_env(os.environ)
+        log.configure(settings.log_level, "worker")
+        worker = build(settings, dict(os.environ))
+    except ConfigurationError as error:
+        print(f"headrace worker: {error.detail}", file=sys.stderr)
+        return 2
+
+    def on_signal(_signal: int, _frame: FrameType | None) -> None:
+        worker.quiet()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        worker.run()
+    except ConfigurationError as error:
+        print(f"headrace worker: {error.detail}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""The courier's loop: frames in from the engine, tokens out to log and subscribers.
+
+It is the one owner of all running jobs; other threads reach them through `deliver` and `tell`. A
+turn of the loop: wait, obey, receive, expire, flush, watch.
+
+Invariants:
+1. A job's tokens are appended to its log in order, and before anyone sees them (tokens.append).
+2. A job is handed to `endings` only when all its tokens are logged; if Redis stays away for long,
+   its result is committed without: Postgres is the authority, subscribers read it there.
+3. A stale attempt writes nothing more: what log or lease refuses is dropped here and canceled in
+   the engine.
+4. The loop never waits for Postgres, and for Redis only within one flush; the engine never waits
+   for the loop.
+
+Called by: lifecycle, in the main thread (engine processes end with the thread that started them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import selectors
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from headrace.contract import log
+from headrace.contract.errors import Unavailable
+from headrace.contract.streams import JobStreams
+from headrace.contract.tokens import Append, TokenLog
+from headrace.contract.wire import FinishReason, JobStatus, TokenLogprobs
+from headrace.worker.emit import Emitter
+from headrace.worker.endings import Endings
+from headrace.worker.engine_link import EngineLink, admission
+from headrace.worker.frames import Cancel, Failure, Fatal, Ready, Reason, StepFrame, StepStats
+from headrace.worker.held import Held
+from headrace.worker.metrics import Metrics
+from headrace.worker.room import Room
+from headrace.worker.running import RunningJob
+
+#: Seconds between flushes that failed.
+RETRY_S = 0.2
+#: Seconds the loop waits when nothing is to be done.
+IDLE_S = 0.5
+
+
+class Courier:
+    """The loop and what it owns: the running jobs and the engine."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        worker: str,
+        flush_ms: float,
+        link: EngineLink,
+        streams: JobStreams,
+        tokens: TokenLog,
+        endings: Endings,
+        held: Held,
+        room: Room,
+        metrics: Metrics,
+        ring: Callable[[], None],  # room has come free
+    ) -> None:
+        self._model = model
+        self._worker = worker
+        self._flush_s = flush_ms / 1000
+        self._link = link
+        self._streams = streams
+        self._endings = endings
+        self._held = held
+        self._room = room
+        self._metrics = metrics
+        self._ring = ring
+        self._jobs: dict[int, RunningJob] = {}  # by sequence id
+        self._by_id: dict[str, RunningJob] = {}
+        self._failures: dict[int, Failure] = {}
+        self._next_deadline_ms = math.inf  # Unix ms
+        self._next_seq_id = 1
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+        self._flush_at = 0.0  # monotonic s; 0 = nothing to flush
+        self._emitter = Emitter(model=model, worker=worker, tokens=tokens, metrics=metrics)
+        self.stats = StepStats()
+        self.fatal: Fatal | None = None
+
+    # -- for other threads -------------------------------------------------------------------
+
+    def deliver(self, job: RunningJob) -> None:
+        """Take over a job that intake has begun."""
+        self._order(lambda: self._admit(job))
+
+    def tell(self, state: str, job: str, attempt: int) -> None:
+        """Act on what a renewal found: cancel, lost or gone."""
+        acts = {"cancel": self._cancel, "lost": self._lose, "gone": self._restore}
+        self._order(lambda: acts[state](job, attempt))
+
+    def cancel(self, job: str) -> None:
+        """End a job as canceled, whatever its attempt."""
+        self._order(lambda: self._cancel(job, None))
+
+    def wake(self) -> None:
+        """Let the loop turn once."""
+        self._order(lambda: None)
+
+    def _order(self, act: Callable[[], None]) -> None:
+        self._orders.put(act)
+        try:
+            os.write(self._wake_w, b"\0")
+        except BlockingIOError:
+            return  # a full pipe wakes it too
+
+    # -- the turn ----------------------------------------------------------------------------
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._by_id)
+
+    def turn(self) -> bool:
+        """Run one turn; False when the engine is gone."""
+        self._wait()
+        self._obey()
+        is_alive = self._receive()
+        self._expire()
+        if self._flush_at and time.monotonic() >= self._flush_at:
+            self.flush()
+        return is_alive
+
+    def _wait(self) -> None:
+        timeout_s = IDLE_S
+        if self._flush_at:
+            timeout_s = min(IDLE_S, max(0.0, self._flush_at - time.monotonic()))
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_r, selectors.EVENT_READ)
+            if self._link.fileno() >= 0:
+                selector.register(self._link.fileno(), selectors.EVENT_READ)
+            selector.select(timeout_s)
+        try:
+            os.read(self._wake_r, 4096)
+        except BlockingIOError:
+            return
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                act = self._orders.get_nowait()
+            except queue.Empty:
+                return
+            act()
+
+    def _receive(self) -> bool:
+        notices, is_alive = self._link.receive()
+        for notice in notices:
+            match notice:
+                case StepFrame():
+                    self._step(notice)
+                case Failure():
+                    self._failures[notice.seq_id] = notice
+                case Ready():
+                    tokens = notice.num_blocks * notice.block_size
+                    self._room.opened(tokens, notice.max_seq_tokens)
+                    self._ring()
+                case Fatal():
+                    self.fatal = notice
+        return is_alive
+
+    def _step(self, frame: StepFrame) -> None:
+        """Take the tokens of one engine step."""
+        self.stats = frame.stats
+        self._metrics.step(frame.stats)
+        if self._room.reported(frame.stats.room_tokens, frame.stats.num_admits_total):
+            self._ring()
+        logprobs = iter(frame.logprobs)
+        for entry in frame.entries:
+            values = next(logprobs) if entry["num_logprobs"] >= 0 else None
+            job = self._jobs.get(int(entry["seq_id"]))
+            if job is not None and job.ending is None:
+                self._take(job, entry, values)
+
+    def _take(
+        self,
+        job: RunningJob,
+        entry: np.void,
+        values: tuple[float, list[tuple[int, float]]] | None,
+    ) -> None:
+        reason = Reason(int(entry["reason"]))
+        job.cached_tokens = int(entry["cached_tokens"])
+        if entry["token"] >= 0:
+            if int(entry["index"]) != len(job.ids):
+                raise RuntimeError(
+                    f"{job.job}: the engine sent token {entry['index']}, expected {len(job.ids)}"
+                )
+            asked = None if values is None else TokenLogprobs(values[0], tuple(values[1]))
+            job.take(int(entry["token"]), is_last=reason is not Reason.GOING_ON, logprobs=asked)
+        match reason:
+            case Reason.STOP_TOKEN:
+                job.end(JobStatus.SUCCEEDED, FinishReason.STOP)
+            case Reason.LENGTH:
+                job.end(JobStatus.SUCCEEDED, FinishReason.LENGTH)
+            case Reason.FAILED:
+                failure = self._failures.pop(job.seq_id, None)
+                text = failure.text if failure else "the engine could not run it"
+                code = failure.code if failure else "engine_refused"
+                job.end(JobStatus.FAILED, FinishReason.ERROR, error_code=code, error_text=text)
+            case Reason.GOING_ON | Reason.CANCELED:
+                if job.ending is not None:  # a stop string: the engine does not know of it
+                    self._link.send(Cancel(job.seq_id))
+        self._schedule_flush(job)
+
+    def _schedule_flush(self, job: RunningJob) -> None:
+        soon = 0.0 if job.ending is not None else self._flush_s
+        at = time.monotonic() + soon
+        if not self._emitter.is_delayed and (not self._flush_at or at < self._flush_at):
+            self._flush_at = at
+
+    def _expire(self) -> None:
+        """End the jobs whose deadline has passed; looks at them only when one has."""
+        now_ms = time.time() * 1000
+        if now_ms < self._next_deadline_ms:
+            return
+        self._next_deadline_ms = math.inf
+        for job in self._by_id.values():
+            deadline = job.spec.deadline_ms
+            if deadline is None or job.ending is not None:
+                continue
+            if now_ms < deadline:
+                self._next_deadline_ms = min(self._next_deadline_ms, deadline)
+            else:
+                job.end(
+                    JobStatus.EXPIRED,
+                    FinishReason.EXPIRED,
+                    error_code="deadline_exceeded",
+                    error_text=f"the job's deadline passed after {len(job.ids)} tokens",
+                )
+                self._link.send(Cancel(job.seq_id))
+                self._schedule_flush(job)
+
+    def flush(self) -> None:
+        """Append and publish all new tokens in one command; pass on the jobs that have ended."""
+        self._flush_at = 0.0
+        for job, state in self._emitter.log(self._by_id.values()):
+            if state is Append.STALE:
+                self._lose(job.job, job.attempt)
+            elif state is Append.BROKEN:
+                self._restore(job.job, job.attempt)
+                self._flush_at = time.monotonic() + RETRY_S
+        if self._emitter.is_delayed:
+            self._flush_at = time.monotonic() + RETRY_S
+        for job in [j for j in self._by_id.values() if j.ending is not None]:
+            if job.num_logged == len(job.ids) or self._emitter.is_impatient:
+                self._forget(job)
+                self._endings.put(job)
+
+    # -- orders ------------------------------------------------------------------------------
+
+    def _admit(self, job: RunningJob) -> None:
+        """Give a job to the engine, or straight to the endings when it has ended already."""
+        older = self._by_id.get(job.job)
+        if older is not None:  # our own lease ran out and we claimed it again
+            self._drop(older)
+        job.seq_id, self._next_seq_id = self._next_seq_id, self._next_seq_id + 1
+        self._by_id[job.job] = self._jobs[job.seq_id] = job
+        if job.ending is not None:
+            self._schedule_flush(job)
+            return
+        if job.spec.deadline_ms is not None:
+            self._next_deadline_ms = min(self._next_deadline_ms, job.spec.deadline_ms)
+        self._link.send(admission(job))
+        self._room.admitted(job.job)
+
+    def _cancel(self, job_id: str, attempt: int | None) -> None:
+        job = self._by_id.get(job_id)
+        if job is None or (attempt is not None and job.attempt != attempt):
+            return
+        job.end(JobStatus.CANCELED, FinishReason.CANCELED)
+        self._link.send(Cancel(job.seq_id))
+        self._schedule_flush(job)
+
+    def _lose(self, job_id: str, attempt: int) -> None:
+        """A newer attempt has the job: stop working on it, write nothing."""
+        self._held.remove(job_id, attempt)
+        job = self._by_id.get(job_id)
+        if job is not None and job.attempt == attempt:
+            log.event("job.lost", job=job_id, worker=self._worker, attempt=attempt)
+            self._drop(job)
+
+    def _restore(self, job_id: str, attempt: int) -> None:
+        """Redis has forgotten the job: put back lease, fence and log from memory."""
+        job = self._by_id.get(job_id)
+        if job is None or job.attempt != attempt:
+            return
+        chunk = job.logged_chunk()
+        try:
+            is_ours = self._streams.restore(
+                job.spec,
+                self._worker,
+                job.claim.cost_tokens,
+                attempt=attempt,
+                gen=job.gen,
+                log=[chunk] if chunk else [],
+            )
+        except Unavailable:
+            return  # the next renewal says so again
+        log.event("job.restored", job=job_id, worker=self._worker, is_ours=is_ours)
+        if not is_ours:
+            self._lose(job_id, attempt)
+
+    def _drop(self, job: RunningJob) -> None:
+        self._link.send(Cancel(job.seq_id))
+        self._forget(job)
+
+    def _forget(self, job: RunningJob) -> None:
+        self._jobs.pop(job.seq_id, None)
+        if self._by_id.get(job.job) is job:
+            del self._by_id[job.job]
+            self._room.release(job.job)
+        self._ring()
+
+    def take_all(self) -> list[RunningJob]:
+        """Give up all jobs (drain's deadline, or the engine died); returns those to hand back.
+
+        What the engine made is logged first; a job that has ended goes to the endings.
+        """
+        self._obey()
+        self.flush()
+        jobs = list(self._by_id.values())
+        for job in jobs:
+            self._drop(job)
+            if job.ending is not None:
+                self._endings.put(job)
+        return [job for job in jobs if job.ending is None]

@@ -1,0 +1,162 @@
+"""The courier's end of its engine: start the process, send commands, receive frames, end it.
+
+Invariants:
+1. One engine at a time; its process ends with this one, even when this one is killed (the engine
+   sees the socket close and asks the kernel for a signal; so `start` is called by the main thread).
+2. Nothing here waits: what the socket does not take is kept, what has not come is not waited for.
+3. The engine gets no address and no secret: its environment has no HEADRACE_ variable.
+
+Owned by the courier's loop.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+
+from headrace.contract.wire import JobClass
+from headrace.worker.frames import (
+    Admit,
+    Command,
+    EngineConfig,
+    Failure,
+    Fatal,
+    FrameError,
+    FrameReader,
+    FrameWriter,
+    Ready,
+    SamplingParams,
+    StepFrame,
+    pack_command,
+    unpack,
+)
+from headrace.worker.running import RunningJob
+
+Notice = Ready | Fatal | Failure | StepFrame
+#: Seconds an engine has to end by itself after its socket was closed.
+END_S = 2.0
+
+
+class EngineLink:
+    """One engine process and the socket to it."""
+
+    def __init__(self, config: EngineConfig, environ: Mapping[str, str]) -> None:
+        self._config = config
+        self._environ = {k: v for k, v in environ.items() if not k.startswith("HEADRACE_")}
+        if config.num_threads:
+            self._environ["OMP_NUM_THREADS"] = str(config.num_threads)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._reader = FrameReader()
+        self._writer: FrameWriter | None = None
+        self.ready: Ready | None = None
+        self.started_at = 0.0  # monotonic s
+        self.last_frame_at = 0.0  # monotonic s
+
+    @property
+    def is_started(self) -> bool:
+        return self._process is not None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on; -1 while there is no engine."""
+        return -1 if self._socket is None else self._socket.fileno()
+
+    def start(self) -> None:
+        """Start the engine process; `ready` is set when its READY frame has come."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        config = json.dumps(msgspec.to_builtins(self._config))
+        command = [sys.executable, "-m", "headrace.worker.engine.loop"]
+        command += ["--fd", str(theirs.fileno()), "--config", config]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+            )
+        self._socket = ours
+        self._reader, self._writer = FrameReader(), FrameWriter(ours)
+        self.ready = None
+        self.started_at = self.last_frame_at = time.monotonic()
+
+    def send(self, command: Command) -> bool:
+        """Queue a command; False when the engine is gone."""
+        if self._writer is None:
+            return False
+        try:
+            self._writer.send(pack_command(command))
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> tuple[list[Notice], bool]:
+        """Return the frames that have come, and whether the engine is still there."""
+        if self._socket is None or self._writer is None:
+            return [], False
+        try:
+            is_alive = self._reader.receive(self._socket)
+            notices = [n for n in (unpack(*frame) for frame in self._reader.frames())]
+            if is_alive:
+                self._writer.flush()
+        except (FrameError, OSError):
+            return [], False
+        kept: list[Notice] = []
+        for notice in notices:
+            if isinstance(notice, Ready):
+                self.ready = notice
+            if isinstance(notice, Notice):
+                kept.append(notice)
+                self.last_frame_at = time.monotonic()
+        return kept, is_alive
+
+    def end(self) -> int | None:
+        """Close the socket and end the process, by force when it does not; returns its status."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._writer = None
+        self.ready = None
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        try:
+            return process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+def admission(job: RunningJob) -> Admit:
+    """Say to the engine what it must know of a job: ids and numbers, no text, no name."""
+    sampling = job.spec.sampling
+    return Admit(
+        seq_id=job.seq_id,
+        prompt=np.asarray(job.prompt_ids, dtype="<i4").tobytes(),
+        output=np.asarray(job.ids, dtype="<i4").tobytes(),
+        params=SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=sampling.logit_bias,
+            logprobs=sampling.logprobs,
+        ),
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(job.stop_token_ids),
+        is_batch=job.spec.job_class is JobClass.BATCH,
+        salt=job.spec.tenant.encode(),
+    )

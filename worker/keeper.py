@@ -1,0 +1,80 @@
+"""Leases and heartbeat: what must go on whatever the engine and the other threads do.
+
+Every third of the lease the leases of all held jobs are renewed in one call. Its answer also brings
+what was missed: a cancellation whose message was lost, a newer attempt elsewhere, a Redis that has
+forgotten the job (the loop restores it from memory).
+
+Called by: lifecycle, as a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from headrace.contract import log
+from headrace.contract.errors import Unavailable
+from headrace.contract.streams import JobStreams, Workers
+from headrace.contract.wire import WorkerBeat
+from headrace.worker.held import Held
+
+#: Seconds between heartbeats; one lives for three of them.
+BEAT_S = 1.0
+
+
+class Keeper:
+    """The renewing thread of a worker."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        worker: str,
+        lease_s: float,
+        streams: JobStreams,
+        workers: Workers,
+        held: Held,
+        beat: Callable[[], WorkerBeat],
+        tell: Callable[[str, str, int], None],  # state, job, attempt
+    ) -> None:
+        self._model = model
+        self._worker = worker
+        self._lease_s = lease_s
+        self._streams = streams
+        self._workers = workers
+        self._held = held
+        self._beat = beat
+        self._tell = tell
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Beat and renew until stopped; then leave the list of workers."""
+        renew_at = 0.0
+        pause_s = min(BEAT_S, self._lease_s / 3)
+        while not self._stopped.is_set():
+            try:
+                self._workers.beat(self._beat(), lifetime_ms=int(BEAT_S * 3000))
+                if time.monotonic() >= renew_at:
+                    self._renew()
+                    renew_at = time.monotonic() + self._lease_s / 3
+            except Unavailable as error:
+                log.event(
+                    "lease.delayed", level=logging.WARNING, worker=self._worker, code=error.code
+                )
+            self._stopped.wait(pause_s)
+        try:
+            self._workers.leave(self._worker)
+        except Unavailable:
+            log.event("worker.left", worker=self._worker, redis="away")
+
+    def _renew(self) -> None:
+        held = self._held.pairs()
+        states = self._streams.renew(self._model, self._worker, held)
+        for (job, attempt), state in zip(held, states, strict=True):
+            if state != "held":
+                self._tell(state, job, attempt)

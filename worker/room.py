@@ -1,0 +1,83 @@
+"""How much more the engine can take: what its last step said, less what was sent since.
+
+The engine reports, a step, the tokens its pool has left above the predicted peak of everything
+admitted, and how many admissions it had read. Jobs it had not read yet are subtracted here at their
+full cost, so two claims in one step cannot count the same room twice.
+
+Owned by: intake (reserve, left), the loop (opened, admitted, reported, release).
+"""
+
+from __future__ import annotations
+
+import threading
+
+
+class Room:
+    """Tokens and sequences left, under a lock."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._lock = threading.Lock()
+        self._max_num_seqs = max_num_seqs
+        self._room_tokens = 0
+        self._reserved: dict[str, int] = {}  # job -> cost the engine has not accounted for yet
+        self._unread: list[str] = []  # of those, jobs sent to the engine, in order
+        self._num_sent = 0
+        self._jobs: set[str] = set()
+        self.max_seq_tokens = 0
+
+    def opened(self, room_tokens: int, max_seq_tokens: int) -> None:
+        """A new engine is ready, with an empty pool."""
+        with self._lock:
+            self._room_tokens = room_tokens
+            self.max_seq_tokens = max_seq_tokens
+            self._num_sent = 0
+            self._unread.clear()
+
+    def closed(self) -> None:
+        """There is no engine: nothing fits."""
+        with self._lock:
+            self._room_tokens = 0
+            self._reserved.clear()
+            self._unread.clear()
+            self._jobs.clear()
+
+    def reserve(self, job: str, cost_tokens: int) -> None:
+        """Count a claimed job until the engine does."""
+        with self._lock:
+            self._reserved[job] = cost_tokens
+            self._jobs.add(job)
+
+    def admitted(self, job: str) -> None:
+        """The job was sent to the engine."""
+        with self._lock:
+            self._unread.append(job)
+            self._num_sent += 1
+
+    def reported(self, room_tokens: int, num_admits: int) -> bool:
+        """A step ended with that much room after reading that many admissions in all.
+
+        True when admissions were read that had not been: the room left may have grown.
+        """
+        has_read = False
+        with self._lock:
+            self._room_tokens = room_tokens
+            while self._unread and self._num_sent - len(self._unread) < num_admits:
+                self._reserved.pop(self._unread.pop(0), None)
+                has_read = True
+        return has_read
+
+    def release(self, job: str) -> None:
+        """The job has left this worker."""
+        with self._lock:
+            self._jobs.discard(job)
+            self._reserved.pop(job, None)
+
+    def left(self) -> tuple[int, int]:
+        """Return (tokens, sequences) that may still be claimed."""
+        with self._lock:
+            tokens = self._room_tokens - sum(self._reserved.values())
+            return tokens, self._max_num_seqs - len(self._jobs)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._jobs
