@@ -77,6 +77,10 @@ def test_what_a_service_waits_for_can_happen():
             else:
                 assert wanted["condition"] == "service_completed_successfully"
                 assert SERVICES[other]["restart"].startswith("on-failure"), other
+    assert {SERVICES[name]["image"] for name in PROGRAMS} == {"headrace:0.1.0"}
+    for name in PROGRAMS:  # without it compose tries to pull an image that only we have
+        build = SERVICES[name]["build"]
+        assert (ROOT / build["context"] / build["dockerfile"]).is_file()
     for name in ("gateway", "worker", "tasks"):
         assert set(SERVICES[name]["depends_on"]) == {"migrate", "redis", "postgres"}
         assert SERVICES[name]["restart"] == "unless-stopped"
@@ -161,7 +165,7 @@ def test_the_image_holds_our_packages_and_runs_as_nobody_special():
         "README.md",
     }
     last_stage = text.rpartition("\nFROM ")[2]
-    assert re.search(r"^USER headrace$", last_stage, re.MULTILINE)
+    assert re.search(r"^USER [1-9]\d+$", last_stage, re.MULTILINE)
     assert text.index("pip install -r requirements.txt") < text.index("COPY contract")
     model = SERVICES["worker"]["environment"]["HEADRACE_MODEL"]
     assert f"--out {model} " in text
