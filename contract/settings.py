@@ -167,7 +167,7 @@ class WorkerSettings(StoreSettings):
     ] = ""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Field(description="Weights and KV cache; auto: the model's own."),
+        Field(description="Weights and KV cache; auto: float32 on a CPU."),
     ] = "auto"
     engine_threads: Annotated[
         int,

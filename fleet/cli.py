@@ -9,8 +9,9 @@ This is the entry point of the CLI's process, so the environment is read here, o
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -74,8 +75,15 @@ def gateway(context: typer.Context, json: Json = False) -> None:
 
 @app.command()
 def worker(context: typer.Context, json: Json = False) -> None:
-    """Run one worker: courier and engine."""
-    _become(context, programs.worker_argv(), json)
+    """Run one worker: courier and engine. Without HEADRACE_MODEL it serves the embedded model."""
+    found = invocation(context)
+    changes: dict[str, str] = {}
+    if not found.environ.get("HEADRACE_MODEL"):
+        from headrace.fleet.smollm2 import ensure_model  # imports torch
+
+        folder = found.data_folder / "models" / programs.EMBEDDED_MODEL
+        changes["HEADRACE_MODEL"] = str(ensure_model(folder))
+    _become(context, programs.worker_argv(), json, changes)
 
 
 @app.command()
@@ -97,11 +105,16 @@ def migrate(context: typer.Context, json: Json = False) -> None:
         note(f"the database is at revision {revision}")
 
 
-def _become(context: typer.Context, argv: list[str], as_json: bool) -> None:
+def _become(
+    context: typer.Context,
+    argv: list[str],
+    as_json: bool,
+    changes: Mapping[str, str] = MappingProxyType({}),  # to the environment
+) -> None:
     """Replace this process, so that signals and the exit code are the program's own."""
     if as_json:
         print_json({"argv": argv})
-    os.execve(argv[0], argv, dict(invocation(context).environ))
+    os.execve(argv[0], argv, {**invocation(context).environ, **changes})
 
 
 def run(argv: Sequence[str], environ: dict[str, str]) -> int:

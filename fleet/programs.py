@@ -9,6 +9,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+#: The folder, and so the name, of the model that is served when HEADRACE_MODEL names none.
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+
 
 def gateway_argv() -> list[str]:
     app = "headrace.gateway.app:create_app_from_env()"

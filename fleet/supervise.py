@@ -38,9 +38,6 @@ from headrace.fleet.program import Program, group_lives
 from headrace.fleet.server import Server, free_port
 from headrace.fleet.valkey import start_valkey
 
-#: The name of the model that a fleet serves when HEADRACE_MODEL names none.
-EMBEDDED_MODEL = "smollm2-135m-instruct"
-
 MIGRATE_TIMEOUT_S = 120.0
 CONVERT_TIMEOUT_S = 600.0
 
@@ -188,9 +185,9 @@ class Fleet:
     def _model(self) -> Path:
         if given := self._environ.get("HEADRACE_MODEL"):
             return Path(given).absolute()
-        folder = self._folder / "models" / EMBEDDED_MODEL
+        folder = self._folder / "models" / programs.EMBEDDED_MODEL
         if not folder.exists():
-            self._say(f"converting {EMBEDDED_MODEL} (once, about 10 s)")
+            self._say(f"converting {programs.EMBEDDED_MODEL} (once, about 10 s)")
             argv = programs.model_argv(folder)
             self._program("model", argv, {}).run(CONVERT_TIMEOUT_S, self._stop)
         self._raise_if_stopped()

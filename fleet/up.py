@@ -16,9 +16,10 @@ from headrace.fleet.access import Access
 from headrace.fleet.client import Client
 from headrace.fleet.failure import FleetError
 from headrace.fleet.invocation import Invocation
+from headrace.fleet.programs import EMBEDDED_MODEL
 from headrace.fleet.show import note, print_event, print_job, print_json, print_table
 from headrace.fleet.sse import Event
-from headrace.fleet.supervise import EMBEDDED_MODEL, Fleet, Stopped
+from headrace.fleet.supervise import Fleet, Stopped
 
 QUESTION = "What is the capital of France?"
 

@@ -19,8 +19,9 @@ import pytest
 import redis
 
 from headrace.fleet.postgres import start_postgres
+from headrace.fleet.programs import EMBEDDED_MODEL
 from headrace.fleet.server import Server
-from headrace.fleet.smollm2 import NAME, ensure_model
+from headrace.fleet.smollm2 import ensure_model
 from headrace.fleet.valkey import start_valkey
 
 TEMPLATE = "template_migrated"
@@ -92,4 +93,6 @@ def smollm2_folder(pytestconfig: pytest.Config) -> Path:
     code = hashlib.sha256()
     for name in ("smollm2.py", "gguf_tokenizer.py"):
         code.update((pytestconfig.rootpath / "fleet" / name).read_bytes())
-    return ensure_model(pytestconfig.rootpath / ".data/test" / code.hexdigest()[:12] / NAME)
+    return ensure_model(
+        pytestconfig.rootpath / ".data/test" / code.hexdigest()[:12] / EMBEDDED_MODEL
+    )

@@ -5,8 +5,8 @@ turn of the loop: wait, obey, receive, expire, flush, watch.
 
 Invariants:
 1. A job's tokens are appended to its log in order, and before anyone sees them (tokens.append).
-2. A job is handed to `endings` only when all its tokens are logged; if Redis stays away longer than
-   PATIENCE_S its result is committed without: Postgres is the authority, subscribers read it there.
+2. A job is handed to `endings` only when all its tokens are logged; if Redis stays away for long,
+   its result is committed without: Postgres is the authority, subscribers read it there.
 3. A stale attempt writes nothing more: what log or lease refuses is dropped here and canceled in
    the engine.
 4. The loop never waits for Postgres, and for Redis only within one flush; the engine never waits
@@ -17,7 +17,6 @@ Called by: lifecycle, in the main thread (engine processes end with the thread t
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import queue
@@ -31,27 +30,16 @@ from headrace.contract import log
 from headrace.contract.errors import Unavailable
 from headrace.contract.streams import JobStreams
 from headrace.contract.tokens import Append, TokenLog
-from headrace.contract.wire import FinishReason, JobClass, JobStatus, TokenLogprobs
+from headrace.contract.wire import FinishReason, JobStatus, TokenLogprobs
+from headrace.worker.emit import Emitter
 from headrace.worker.endings import Endings
-from headrace.worker.engine_link import EngineLink
-from headrace.worker.frames import (
-    Admit,
-    Cancel,
-    Failure,
-    Fatal,
-    Ready,
-    Reason,
-    SamplingParams,
-    StepFrame,
-    StepStats,
-)
+from headrace.worker.engine_link import EngineLink, admission
+from headrace.worker.frames import Cancel, Failure, Fatal, Ready, Reason, StepFrame, StepStats
 from headrace.worker.held import Held
 from headrace.worker.metrics import Metrics
 from headrace.worker.room import Room
 from headrace.worker.running import RunningJob
 
-#: Seconds a finished job waits for a Redis that is away before its result is committed anyway.
-PATIENCE_S = 5.0
 #: Seconds between flushes that failed.
 RETRY_S = 0.2
 #: Seconds the loop waits when nothing is to be done.
@@ -81,7 +69,6 @@ class Courier:
         self._flush_s = flush_ms / 1000
         self._link = link
         self._streams = streams
-        self._tokens = tokens
         self._endings = endings
         self._held = held
         self._room = room
@@ -97,7 +84,7 @@ class Courier:
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
         self._flush_at = 0.0  # monotonic s; 0 = nothing to flush
-        self._redis_lost_at: float | None = None  # since when flushes fail
+        self._emitter = Emitter(model=model, worker=worker, tokens=tokens, metrics=metrics)
         self.stats = StepStats()
         self.fatal: Fatal | None = None
 
@@ -227,7 +214,7 @@ class Courier:
     def _schedule_flush(self, job: RunningJob) -> None:
         soon = 0.0 if job.ending is not None else self._flush_s
         at = time.monotonic() + soon
-        if self._redis_lost_at is None and (not self._flush_at or at < self._flush_at):
+        if not self._emitter.is_delayed and (not self._flush_at or at < self._flush_at):
             self._flush_at = at
 
     def _expire(self) -> None:
@@ -255,42 +242,16 @@ class Courier:
     def flush(self) -> None:
         """Append and publish all new tokens in one command; pass on the jobs that have ended."""
         self._flush_at = 0.0
-        pending = [(job, chunk) for job in self._by_id.values() if (chunk := job.chunk())]
-        try:
-            if pending:
-                with self._metrics.flush_seconds.time():
-                    pairs = [(job.spec.tenant, chunk) for job, chunk in pending]
-                    states = self._tokens.append(self._model, pairs)
-                for (job, chunk), state in zip(pending, states, strict=True):
-                    self._appended(job, chunk.next, state)
-            self._redis_lost_at = None
-        except Unavailable as error:
-            now = time.monotonic()
-            if self._redis_lost_at is None:
-                self._redis_lost_at = now
-                log.event(
-                    "flush.delayed", level=logging.WARNING, worker=self._worker, code=error.code
-                )
-            self._flush_at = now + RETRY_S
-        self._pass_on()
-
-    def _appended(self, job: RunningJob, next_index: int, state: Append) -> None:
-        match state:
-            case Append.LOGGED | Append.REPEATED:
-                self._metrics.tokens.inc(next_index - job.num_logged)
-                job.num_logged = next_index
-            case Append.STALE:
-                self._metrics.stale_writes.labels(at="log").inc()
+        for job, state in self._emitter.log(self._by_id.values()):
+            if state is Append.STALE:
                 self._lose(job.job, job.attempt)
-            case Append.BROKEN:
+            elif state is Append.BROKEN:
                 self._restore(job.job, job.attempt)
                 self._flush_at = time.monotonic() + RETRY_S
-
-    def _pass_on(self) -> None:
-        lost_at = self._redis_lost_at
-        is_impatient = lost_at is not None and time.monotonic() - lost_at > PATIENCE_S
+        if self._emitter.is_delayed:
+            self._flush_at = time.monotonic() + RETRY_S
         for job in [j for j in self._by_id.values() if j.ending is not None]:
-            if job.num_logged == len(job.ids) or is_impatient:
+            if job.num_logged == len(job.ids) or self._emitter.is_impatient:
                 self._forget(job)
                 self._endings.put(job)
 
@@ -308,7 +269,7 @@ class Courier:
             return
         if job.spec.deadline_ms is not None:
             self._next_deadline_ms = min(self._next_deadline_ms, job.spec.deadline_ms)
-        self._link.send(_admission(job))
+        self._link.send(admission(job))
         self._room.admitted(job.job)
 
     def _cancel(self, job_id: str, attempt: int | None) -> None:
@@ -372,29 +333,3 @@ class Courier:
             if job.ending is not None:
                 self._endings.put(job)
         return [job for job in jobs if job.ending is None]
-
-
-def _admission(job: RunningJob) -> Admit:
-    """Say to the engine what it must know of a job: ids and numbers, no text, no name."""
-    sampling = job.spec.sampling
-    return Admit(
-        seq_id=job.seq_id,
-        prompt=np.asarray(job.prompt_ids, dtype="<i4").tobytes(),
-        output=np.asarray(job.ids, dtype="<i4").tobytes(),
-        params=SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            logit_bias=sampling.logit_bias,
-            logprobs=sampling.logprobs,
-        ),
-        max_tokens=sampling.max_tokens,
-        stop_token_ids=list(job.stop_token_ids),
-        is_batch=job.spec.job_class is JobClass.BATCH,
-        salt=job.spec.tenant.encode(),
-    )

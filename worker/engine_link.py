@@ -19,8 +19,11 @@ import time
 from collections.abc import Mapping
 
 import msgspec
+import numpy as np
 
+from headrace.contract.wire import JobClass
 from headrace.worker.frames import (
+    Admit,
     Command,
     EngineConfig,
     Failure,
@@ -29,10 +32,12 @@ from headrace.worker.frames import (
     FrameReader,
     FrameWriter,
     Ready,
+    SamplingParams,
     StepFrame,
     pack_command,
     unpack,
 )
+from headrace.worker.running import RunningJob
 
 Notice = Ready | Fatal | Failure | StepFrame
 #: Seconds an engine has to end by itself after its socket was closed.
@@ -129,3 +134,29 @@ class EngineLink:
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
+
+
+def admission(job: RunningJob) -> Admit:
+    """Say to the engine what it must know of a job: ids and numbers, no text, no name."""
+    sampling = job.spec.sampling
+    return Admit(
+        seq_id=job.seq_id,
+        prompt=np.asarray(job.prompt_ids, dtype="<i4").tobytes(),
+        output=np.asarray(job.ids, dtype="<i4").tobytes(),
+        params=SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=sampling.logit_bias,
+            logprobs=sampling.logprobs,
+        ),
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(job.stop_token_ids),
+        is_batch=job.spec.job_class is JobClass.BATCH,
+        salt=job.spec.tenant.encode(),
+    )

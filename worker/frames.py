@@ -95,14 +95,14 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the courier starts an engine with, as the JSON of `--config`."""
 
     model_folder: str  # a transformers folder: config.json and safetensors
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = the folder's own
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = float32 on a CPU
     num_threads: int = 0  # of torch on CPU; 0 = torch's own choice
     num_blocks: int | None = None  # of the KV pool; None = as many as kv_bytes hold
     kv_bytes: int = 1 << 30
     block_size: int = 64  # tokens
     max_seq_tokens: int | None = None  # None = what model and pool allow
     max_num_seqs: int = 64  # running at once
-    max_step_tokens: int = 512  # computed in one step; bounds how long a prefill holds decodes up
+    max_step_tokens: int = 256  # computed in one step; bounds how long prompts hold decodes up
     runner: Literal["model", "stub"] = "model"  # stub: token i is a pure function of (seed, i)
     stub_step_ms: float = 0.0  # how long a step of the stub takes
     debug_check: bool = False  # assert the invariants of pool and scheduler each step

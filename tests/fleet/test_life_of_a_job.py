@@ -19,6 +19,7 @@ from headrace.tests.fleet.fleet_parts import (
     check_stream,
     wait_for,
 )
+from headrace.tests.fleet.forwarder import Forwarder
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = {"temperature": 0}
@@ -204,6 +205,30 @@ def test_invariant_7_a_killed_workers_job_goes_on_at_the_next_index(fleet):
     assert ids[:first] == expected["token_ids"][:first]
     fleet.end("second")
     fleet.start_worker()
+
+
+def test_invariant_5_a_worker_cut_off_for_longer_than_its_lease_writes_nothing_more(fleet):
+    fleet.end("worker")
+    own_door = Forwarder(fleet.valkey.port)
+    url = fleet.env["HEADRACE_REDIS_URL"].replace(
+        f":{fleet.redis_door.port}/", f":{own_door.port}/"
+    )
+    fleet.start_worker("cut", HEADRACE_REDIS_URL=url)
+    job = fleet.submit(sampling={**GREEDY, "max_tokens": 250})
+    stream, seen = follow_to_first_token(fleet, job["id"])
+    own_door.cut()
+    fleet.start_worker()
+    wait_for(lambda: fleet.job(job["id"])["attempt"] == 2, "the job is taken over", fleet)
+    own_door.join()
+    seen += list(stream)
+    stored = fleet.job(job["id"])
+    assert (stored["status"], stored["attempt"]) == ("succeeded", 2)
+    assert (stored["output"]["text"], stored["output"]["token_ids"]) == check_stream(seen)
+    log = fleet.folder / "cut.log"
+    wait_for(lambda: "job.lost" in log.read_text(), "the cut-off worker lets the job go", fleet)
+    assert "job.ended" not in log.read_text()
+    fleet.end("cut")
+    own_door.close()
 
 
 def test_a_rolling_restart_hands_the_running_job_back(fleet):

@@ -109,6 +109,33 @@ def test_values_equal_to_the_threshold_are_all_kept(function, device):
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 3}, {0, 1, 3}),
+        ({"top_p": 0.49}, {3}),
+        ({"top_p": 0.51}, {1, 3}),
+        ({"top_p": 0.79}, {1, 3}),
+        ({"top_p": 0.81}, {0, 1, 3}),
+        ({"min_p": 0.61}, {3}),
+        ({"min_p": 0.59}, {1, 3}),
+        # Of what top-k keeps, 0.5 / 0.8 = 0.625 and 0.375: top-p counts those.
+        ({"top_k": 2, "top_p": 0.62}, {3}),
+        ({"top_k": 2, "top_p": 0.63}, {1, 3}),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.5}, {1, 3}),
+    ],
+)
+def test_each_filter_keeps_exactly_its_tokens(filters, kept, function, device):
+    """Probabilities 0.15, 0.3, 0.05, 0.5; 12 fixed draws reach each token that may be drawn."""
+    inputs = make_inputs(12, 4, device, **filters)
+    inputs["logits"][:] = torch.tensor([0.15, 0.3, 0.05, 0.5], device=device).log()
+    inputs["seeds"].fill_(5)
+    inputs["positions"][:] = torch.arange(12)
+    assert set(function(**inputs).tolist()) == kept
+
+
+@BOTH
 def test_masked_tokens_are_never_drawn(function, device):
     inputs = make_inputs(12, 200, device, temperature=50.0)
     inputs["logits"][:, 3:] = float("-inf")

@@ -68,8 +68,10 @@ class Architecture:
         return cls.from_config(config)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Architecture:
+    def from_config(cls, config: Any) -> Architecture:
         """Build from the fields of a config.json."""
+        if not isinstance(config, dict):
+            raise UnsupportedModel(f"config.json holds a {type(config).__name__}, no object")
         family = config.get("model_type")
         if family not in FAMILIES:
             raise _unsupported("model_type", family, sorted(FAMILIES))

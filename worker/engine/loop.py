@@ -43,8 +43,8 @@ from headrace.worker.frames import Admit, Cancel, EngineConfig, Reason, Stop
 
 #: seconds given to the courier to read the last frames of an engine that ends.
 LAST_WORDS_S = 2.0
-#: prctl option: the signal this process gets when its parent ends; to the kernel the parent is the
-#: thread that started it, so the courier starts engines from a thread that lives as long as it does.
+#: prctl option: the signal this process gets when its parent ends. To the kernel the parent is the
+#: thread that started it: the courier starts engines from a thread that lives as long as it does.
 PR_SET_PDEATHSIG = 1
 
 

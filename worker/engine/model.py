@@ -31,17 +31,17 @@ def forward(
 ) -> torch.Tensor:  # [num_rows, vocab] fp32
     """Compute one step's rows: their keys and values into the cache, and logits of some."""
     residual = F.embedding(tokens, weights.embedding)
-    x = F.rms_norm(residual, (arch.hidden,), weights.layers[0].attention_norm, arch.rms_eps)
+    x = ops.rms_norm(residual, weights.layers[0].attention_norm, arch.rms_eps)
     next_norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
     for i, layer in enumerate(weights.layers):
         x = _attention(arch, layer, x, step, k_cache[i], v_cache[i], arch.windows[i])
         x, residual = ops.residual_rms_norm(x, residual, layer.mlp_norm, arch.rms_eps)
-        x = ops.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
-        x = F.linear(x, layer.down, layer.down_bias)
+        x = ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias))
+        x = ops.linear(x, layer.down, layer.down_bias)
         if i == arch.num_layers - 1:  # what is left to do concerns only the rows asked for
             x, residual = x[rows], residual[rows]
         x, residual = ops.residual_rms_norm(x, residual, next_norms[i], arch.rms_eps)
-    return F.linear(x, weights.lm_head).float()
+    return ops.linear(x, weights.lm_head, None).float()
 
 
 def _attention(
@@ -53,9 +53,9 @@ def _attention(
     v_cache: torch.Tensor,
     window: int | None,
 ) -> torch.Tensor:  # [num_tokens, hidden]
-    qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+    qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
     q = ops.qkv_rope_write(
         qkv, step, k_cache, v_cache, arch.num_q_heads, layer.qk_norm, arch.rms_eps
     )
     mixed = ops.paged_attention(q, step, k_cache, v_cache, arch.head_dim**-0.5, window)
-    return F.linear(mixed, layer.o, layer.o_bias)
+    return ops.linear(mixed, layer.o, layer.o_bias)

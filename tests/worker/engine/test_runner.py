@@ -1,0 +1,112 @@
+"""batch.py and runner.py: the flat layout, the stub, and resumed drawing."""
+
+import numpy as np
+import pytest
+
+from headrace.worker.engine.architecture import UnsupportedModel
+from headrace.worker.engine.batch import build_batch
+from headrace.worker.engine.runner import CpuRunner, StubRunner, build_runner, stub_token
+from headrace.worker.engine.scheduler import Plan
+from headrace.worker.frames import EngineConfig, SamplingParams
+
+
+def test_a_batch_lays_rows_positions_and_slots_out(harness):
+    engine = harness(block_size=4, max_num_seqs=8, max_step_tokens=12)
+    first = engine.add(range(10, 15), 4)
+    engine.step()
+    second = engine.add(range(20, 50), 4)
+    plan = engine.scheduler.plan()
+    batch = build_batch(plan, 4)
+    assert list(plan) == [(first, 1), (second, 11)]
+    assert batch.num_decodes == 1
+    assert batch.tokens.tolist() == [first.output[0], *range(20, 31)]
+    assert batch.positions.tolist() == [5, *range(11)]
+    assert batch.cu_q_lens.tolist() == [0, 1, 12]
+    assert batch.context_lens.tolist() == [6, 11]
+    tables = [first.table, second.table]
+    rows = [0] + [1] * 11
+    expected = [
+        tables[row][p // 4] * 4 + p % 4 for row, p in zip(rows, batch.positions, strict=True)
+    ]
+    assert batch.slots.tolist() == expected
+    assert len(set(expected)) == len(expected)
+    assert batch.due == [first]
+    assert batch.due_rows.tolist() == [0]
+    assert all(
+        array.dtype == np.int32
+        for array in (batch.tokens, batch.positions, batch.slots, batch.cu_q_lens, batch.due_rows)
+    )
+    assert batch.block_tables[0, len(first.table) :].tolist() == [-1] * (3 - len(first.table))
+
+
+def test_a_plan_drops_a_sequence_from_both_lists(harness):
+    engine = harness()
+    seqs = [engine.add([5], 4), engine.add([5, 6], 4)]
+    plan = Plan()
+    for seq in seqs:
+        plan.add(seq, seq.num_pending)
+    for seq in seqs:
+        plan.drop(seq)
+    assert plan.num_tokens == 0
+
+
+def test_the_stub_is_a_pure_function_that_avoids_special_tokens():
+    found = [stub_token(seed, i, 300) for seed in (0, 1, -1, 2**63) for i in range(200)]
+    assert found == [stub_token(seed, i, 300) for seed in (0, 1, -1, 2**63) for i in range(200)]
+    assert min(found) >= 256
+    assert max(found) < 300
+    assert found[:200] != found[200:400]
+    assert len(set(found)) == 44
+
+
+def test_runners_are_built_by_name(model_folder):
+    folder = str(model_folder("qwen3"))
+    model = build_runner(EngineConfig(model_folder=folder, num_blocks=3, block_size=8))
+    stub = build_runner(EngineConfig(model_folder=folder, runner="stub", kv_bytes=1 << 40))
+    assert isinstance(model, CpuRunner)
+    assert isinstance(stub, StubRunner)
+    assert (model.num_blocks, model.block_size, model.dtype_name) == (3, 8, "float32")
+    assert stub.num_blocks > 10**6  # it holds no memory, so it may promise any
+
+
+def test_bfloat16_runs_and_agrees_in_most_tokens(model_folder, harness):
+    exact, rounded = harness("llama"), harness("llama")
+    folder = str(model_folder("llama"))
+    rounded.runner = build_runner(
+        EngineConfig(model_folder=folder, dtype="bfloat16", num_blocks=64, block_size=4)
+    )
+    assert rounded.runner.dtype_name == "bfloat16"
+    pairs = [(exact.add([5 + i] * 3, 1), rounded.add([5 + i] * 3, 1)) for i in range(16)]
+    exact.finish()
+    rounded.finish()
+    assert sum(a.output.tolist() == b.output.tolist() for a, b in pairs) >= 12
+
+
+def test_a_stub_without_enough_vocabulary_is_refused(model_folder, tmp_path):
+    text = (model_folder("qwen3") / "config.json").read_text().replace("320", "200")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UnsupportedModel, match="256"):
+        build_runner(EngineConfig(model_folder=str(tmp_path), runner="stub"))
+
+
+@pytest.mark.parametrize("logged", [1, 5, 11])
+def test_a_resumed_drawn_sequence_goes_on_as_the_uninterrupted_one(logged, harness):
+    params = SamplingParams(
+        temperature=1.2, top_p=0.95, seed=12345, presence_penalty=0.3, repetition_penalty=1.1
+    )
+    whole = harness("qwen2")
+    seq = whole.add([7, 8, 9], 12, params=params)
+    whole.finish()
+    resumed = harness("qwen2", block_size=8, max_step_tokens=16)
+    others = [resumed.add([20 + i] * 9, 12, params=SamplingParams(seed=i)) for i in range(3)]
+    again = resumed.add([7, 8, 9], 12, output=seq.output[:logged], params=params)
+    resumed.finish()
+    assert again.output.tolist() == seq.output.tolist()
+    assert all(other.num_output == 12 for other in others)
+
+
+def test_seeds_make_outputs_differ(harness):
+    engine = harness("qwen2")
+    seqs = [engine.add([7, 8], 8, params=SamplingParams(seed=seed)) for seed in range(6)]
+    engine.finish()
+    assert len({tuple(seq.output.tolist()) for seq in seqs}) > 3
