@@ -20,7 +20,7 @@ import msgspec
 from sqlalchemy import Engine, RowMapping, func, insert, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from headrace.contract.database import database_errors
+from headrace.contract.database import autocommitting, database_errors
 from headrace.contract.ids import new_id
 from headrace.contract.records import api_keys, models, tenants
 from headrace.contract.wire import ModelCard
@@ -48,6 +48,7 @@ class Accounts:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._single = autocommitting(engine)
 
     def create_key(self, *, tenant: str, name: str) -> NewKey:
         """Make a key for the tenant of that name, and the tenant if it is new."""
@@ -105,7 +106,7 @@ class Accounts:
             .join(tenants, tenants.c.id == api_keys.c.tenant_id)
             .order_by(api_keys.c.id.desc())
         )
-        with database_errors("list keys"), self._engine.connect() as db:
+        with database_errors("list keys"), self._single.connect() as db:
             return db.execute(query).mappings().all()
 
     def revoke_key(self, id_or_prefix: str) -> bool:
@@ -135,6 +136,6 @@ class Accounts:
 
     def list_models(self) -> list[ModelCard]:
         """Return the cards of all models that were ever served, by name."""
-        with database_errors("list models"), self._engine.connect() as db:
+        with database_errors("list models"), self._single.connect() as db:
             rows = db.execute(select(models.c.card).order_by(models.c.name)).scalars().all()
         return [msgspec.convert(row, ModelCard) for row in rows]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import Engine, create_engine
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+import psycopg
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from headrace.contract.errors import DatabaseUnavailable
@@ -22,12 +24,11 @@ CONNECT_TIMEOUT_S = 3
 
 def connect(url: str, *, pool_size: int = 5) -> Engine:
     """Return an engine (lazy: nothing is opened yet) whose connections are checked before use."""
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=CONNECT_TIMEOUT_S,
-        pool_pre_ping=True,
         hide_parameters=True,  # an error's text must not carry prompts into a log
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
@@ -35,6 +36,26 @@ def connect(url: str, *, pool_size: int = 5) -> Engine:
             "options": f"-c statement_timeout={STATEMENT_TIMEOUT_S * 1000} -c timezone=UTC",
         },
     )
+    event.listen(engine, "checkout", _refuse_closed)
+    return engine
+
+
+def autocommitting(engine: Engine) -> Engine:
+    """Return the engine (same pool) with each statement a transaction of its own: one round trip
+    instead of three, for single reads and for single statements that write."""
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _refuse_closed(connection: Any, _record: object, _proxy: object) -> None:
+    """Let the pool replace a connection that the server has closed.
+
+    SQLAlchemy's `pool_pre_ping` asks the server, a round trip before every transaction (0.3 ms of
+    the gateway's CPU); a closed socket can be seen without asking.
+    """
+    try:
+        connection.pgconn.consume_input()
+    except psycopg.OperationalError as error:
+        raise DisconnectionError from error
 
 
 @contextmanager

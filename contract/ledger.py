@@ -22,18 +22,61 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, RowMapping, and_, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    Engine,
+    Executable,
+    RowMapping,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from headrace.contract.database import database_errors
+from headrace.contract.database import autocommitting, database_errors
 from headrace.contract.errors import IdempotencyMismatch
 from headrace.contract.records import attempts, idempotency_keys, jobs, outbox
 from headrace.contract.wire import FinishReason, JobStatus
 
 #: Columns of a job but its output, which lists and state checks do not need.
 _SUMMARY = [c for c in jobs.c if not c.key.startswith("output_") or c.key == "output_gen"]
+#: Columns of a job that its client decides, by way of the gateway.
+_GIVEN = ("id", "tenant_id", "key_id", "model", "job_class", "priority", "input", "sampling",
+          "meta", "cost_tokens", "deadline_at")  # fmt: skip
 _OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)
 _OVERDUE = and_(jobs.c.status == JobStatus.QUEUED, jobs.c.deadline_at <= func.now())
+
+
+def _accepting() -> Executable:
+    """Write a job and its outbox row in one statement: both or neither, in one round trip."""
+    values: dict[str, Any] = {
+        name: bindparam(name, type_=jobs.c[name].type)
+        for name in (*_GIVEN, "status")
+        if name != "deadline_at"
+    }
+    # A time, or seconds from now by the server's clock, as all other times are.
+    values["deadline_at"] = func.coalesce(
+        bindparam("deadline_at", type_=jobs.c.deadline_at.type),
+        func.now() + func.make_interval(0, 0, 0, 0, 0, 0, bindparam("deadline_s", type_=Double)),
+    )
+    accepted = insert(jobs).values(**values).returning(*jobs.c).cte("accepted")
+    noted = insert(outbox).from_select(["job_id"], select(accepted.c.id)).cte("noted")
+    return select(*(accepted.c[c.key] for c in jobs.c)).add_cte(noted)
+
+
+#: Statements of the busiest paths, built once: building costs as much as running (0.5-1 ms).
+_ACCEPT = _accepting()
+_JOB = select(jobs).where(jobs.c.id == bindparam("job_id"))
+_OWN_JOB = _JOB.where(jobs.c.tenant_id == bindparam("tenant_id"))
+_OWN_SUMMARY = select(*_SUMMARY).where(
+    jobs.c.id == bindparam("job_id"), jobs.c.tenant_id == bindparam("tenant_id")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +150,7 @@ class Ledger:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._single = autocommitting(engine)  # for single statements: one round trip each
 
     # -- gateway -----------------------------------------------------------------------------
 
@@ -115,62 +159,58 @@ class Ledger:
     ) -> Accepted:
         """Commit the job and its outbox row; or return the job an earlier same request made.
 
+        `job` holds the columns of _GIVEN; its deadline is `deadline_at`, or `deadline_s` from now.
         Raises IdempotencyMismatch when the key was used for another request.
         """
+        if idempotency_key is None:
+            with database_errors("accept job"), self._single.connect() as db:
+                return Accepted(_insert_job(db, job), is_replay=False)
         with database_errors("accept job"), self._engine.begin() as db:
-            if idempotency_key is not None:
-                # Take the key first: a second request waits here until the first has committed.
-                taken = db.execute(
-                    upsert(idempotency_keys)
-                    .values(
-                        tenant_id=job["tenant_id"],
-                        key=idempotency_key,
-                        request_sha256=request_sha256,
-                        job_id=job["id"],
-                    )
-                    .on_conflict_do_nothing()
-                    .returning(idempotency_keys.c.key)
-                ).first()
-                if taken is None:
-                    row = (
-                        db.execute(
-                            select(idempotency_keys.c.request_sha256, *jobs.c)
-                            .join(jobs, jobs.c.id == idempotency_keys.c.job_id)
-                            .where(
-                                idempotency_keys.c.tenant_id == job["tenant_id"],
-                                idempotency_keys.c.key == idempotency_key,
-                            )
-                        )
-                        .mappings()
-                        .one()
-                    )
-                    if bytes(row["request_sha256"]) != request_sha256:
-                        raise IdempotencyMismatch(
-                            f"Idempotency-Key {idempotency_key!r} was used for another request "
-                            f"(job {row['id']}): send the same body, or a new key"
-                        )
-                    return Accepted(row, is_replay=True)
+            # Take the key first: a second request waits here until the first has committed.
+            taken = db.execute(
+                upsert(idempotency_keys)
+                .values(
+                    tenant_id=job["tenant_id"],
+                    key=idempotency_key,
+                    request_sha256=request_sha256,
+                    job_id=job["id"],
+                )
+                .on_conflict_do_nothing()
+                .returning(idempotency_keys.c.key)
+            ).first()
+            if taken is not None:
+                return Accepted(_insert_job(db, job), is_replay=False)
             row = (
-                db.execute(insert(jobs).values(status=JobStatus.QUEUED, **job).returning(*jobs.c))
+                db.execute(
+                    select(idempotency_keys.c.request_sha256, *jobs.c)
+                    .join(jobs, jobs.c.id == idempotency_keys.c.job_id)
+                    .where(
+                        idempotency_keys.c.tenant_id == job["tenant_id"],
+                        idempotency_keys.c.key == idempotency_key,
+                    )
+                )
                 .mappings()
                 .one()
             )
-            db.execute(insert(outbox).values(job_id=job["id"]))
-        return Accepted(row, is_replay=False)
+        if bytes(row["request_sha256"]) != request_sha256:
+            raise IdempotencyMismatch(
+                f"Idempotency-Key {idempotency_key!r} was used for another request "
+                f"(job {row['id']}): send the same body, or a new key"
+            )
+        return Accepted(row, is_replay=True)
 
     def job(self, job_id: str, *, tenant_id: str | None = None) -> RowMapping | None:
         """Return a job's whole row; None when there is none, or it is another tenant's."""
-        query = select(jobs).where(jobs.c.id == job_id)
-        if tenant_id is not None:
-            query = query.where(jobs.c.tenant_id == tenant_id)
-        with database_errors("read job"), self._engine.connect() as db:
-            return db.execute(query).mappings().first()
+        query = _JOB if tenant_id is None else _OWN_JOB
+        with database_errors("read job"), self._single.connect() as db:
+            found = db.execute(query, {"job_id": job_id, "tenant_id": tenant_id})
+            return found.mappings().first()
 
     def summary(self, job_id: str, *, tenant_id: str) -> RowMapping | None:
         """Return a job's row without its output."""
-        query = select(*_SUMMARY).where(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id)
-        with database_errors("read job"), self._engine.connect() as db:
-            return db.execute(query).mappings().first()
+        with database_errors("read job"), self._single.connect() as db:
+            found = db.execute(_OWN_SUMMARY, {"job_id": job_id, "tenant_id": tenant_id})
+            return found.mappings().first()
 
     def list_jobs(
         self,
@@ -192,7 +232,7 @@ class Ledger:
             query = query.where(jobs.c.model == model)
         if job_class is not None:
             query = query.where(jobs.c.job_class == job_class)
-        with database_errors("list jobs"), self._engine.connect() as db:
+        with database_errors("list jobs"), self._single.connect() as db:
             return db.execute(query.order_by(jobs.c.id.desc()).limit(limit)).mappings().all()
 
     def request_cancel(self, job_id: str, *, tenant_id: str) -> Cancel:
@@ -306,7 +346,7 @@ class Ledger:
             .order_by(outbox.c.id)
             .limit(limit)
         )
-        with database_errors("read outbox"), self._engine.connect() as db:
+        with database_errors("read outbox"), self._single.connect() as db:
             return db.execute(query).mappings().all()
 
     def outbox_done(self, job_ids: Sequence[str]) -> None:
@@ -332,7 +372,7 @@ class Ledger:
             .order_by(jobs.c.id)
             .limit(limit)
         )
-        with database_errors("read open jobs"), self._engine.connect() as db:
+        with database_errors("read open jobs"), self._single.connect() as db:
             return db.execute(query).mappings().all()
 
     def expire_queued(self, *, limit: int) -> Sequence[RowMapping]:
@@ -356,7 +396,7 @@ class Ledger:
     def overdue_resumable(self, *, limit: int) -> Sequence[RowMapping]:
         """Return overdue jobs that were handed back: they are ended with what they had made."""
         query = select(*_SUMMARY).where(_OVERDUE, jobs.c.attempt > 0).limit(limit)
-        with database_errors("read overdue jobs"), self._engine.connect() as db:
+        with database_errors("read overdue jobs"), self._single.connect() as db:
             return db.execute(query).mappings().all()
 
     def end_queued(self, job_id: str, attempt: int, ending: Ending) -> bool:
@@ -411,5 +451,10 @@ class Ledger:
 
     def ping(self) -> None:
         """Raise DatabaseUnavailable unless Postgres answers."""
-        with database_errors("ping"), self._engine.connect() as db:
+        with database_errors("ping"), self._single.connect() as db:
             db.execute(select(1))
+
+
+def _insert_job(db: Connection, job: dict[str, Any]) -> RowMapping:
+    values = {"status": JobStatus.QUEUED, "deadline_at": None, "deadline_s": None} | job
+    return db.execute(_ACCEPT, values).mappings().one()

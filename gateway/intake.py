@@ -9,10 +9,7 @@ import hashlib
 import json
 import re
 import secrets
-from datetime import timedelta
 from typing import Any
-
-from sqlalchemy import func
 
 from headrace.contract.accounts import Principal
 from headrace.contract.errors import InvalidHeader
@@ -43,10 +40,7 @@ def new_row(
         "sampling": sampling_json(sampling),
         "meta": job.metadata,
         "cost_tokens": prompt_tokens + sampling.max_tokens,
-        # By the server's clock, as all times are.
-        "deadline_at": None
-        if job.deadline_s is None
-        else func.now() + timedelta(seconds=job.deadline_s),
+        "deadline_s": job.deadline_s,  # from now by Postgres' clock, as all times are
     }
 
 

@@ -266,17 +266,22 @@ def test_a_job_canceled_in_the_queue_ends_its_streams(client, courier, job):
         assert names(reader.rest()) == ["canceled"]
 
 
-def test_canceling_what_was_handed_back_contradicts_nothing(client, services, courier, job):
+def test_what_was_handed_back_is_canceled_with_its_tokens(client, services, courier, job):
     with Reader(client, job) as reader:
         held = courier.take()
         courier.say(held, 2)
-        reader.until("token")
+        events = reader.until("token")
         services.ledger.hand_back(job, held.attempt)
         services.streams.hand_back(MODEL, job, held.attempt)
-        client.post(f"/v1/jobs/{job}/cancel")
-        events = reader.rest()
-    assert names(events) == ["reset", "canceled"]
-    assert client.get(f"/v1/jobs/{job}").get_json()["output"] is None
+        assert client.post(f"/v1/jobs/{job}/cancel").status_code == 202
+        again = courier.take()
+        courier.end(again, JobStatus.CANCELED, FinishReason.CANCELED)
+        events += reader.rest()
+    assert tokens_of(events) == (held.ids, held.text)
+    assert "reset" not in names(events)
+    assert events[-1].name == "canceled"
+    shown = client.get(f"/v1/jobs/{job}").get_json()
+    assert shown["output"]["text"] == held.text
 
 
 def test_invariant_10_looking_away_is_not_cancelling(client, services, courier, job):
