@@ -4,6 +4,7 @@ import pytest
 
 from headrace.contract.wire import FinishReason, JobEnd, JobStatus
 from headrace.gateway.follower import MAX_MESSAGES
+from headrace.gateway.upkeep import Upkeep
 from headrace.tests.gateway.courier import MODEL, Courier, Held
 from headrace.tests.gateway.reader import Reader, Seen, tokens_of
 
@@ -261,10 +262,19 @@ def test_canceling_what_was_handed_back_contradicts_nothing(client, services, co
         reader.until("token")
         services.ledger.hand_back(job, held.attempt)
         services.streams.hand_back(MODEL, job, held.attempt)
-        client.post(f"/v1/jobs/{job}/cancel")
+        assert client.post(f"/v1/jobs/{job}/cancel").status_code == 202
+        upkeep = Upkeep(
+            ledger=services.ledger,
+            streams=services.streams,
+            tokens=services.token_log,
+            workers=services.workers,
+            lease_s=10,
+            retention_days=1,
+        )
+        upkeep.sweep()
         events = reader.rest()
-    assert names(events) == ["reset", "canceled"]
-    assert client.get(f"/v1/jobs/{job}").get_json()["output"] is None
+    assert names(events) == ["canceled"]
+    assert client.get(f"/v1/jobs/{job}").get_json()["output"]["text"] == held.text
 
 
 def test_invariant_10_looking_away_is_not_cancelling(client, services, courier, job):
