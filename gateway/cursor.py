@@ -122,6 +122,10 @@ class StreamCursor:
         data = {"job": self._job, "attempt": attempt, "worker": worker}
         return [Event("started", data)]
 
+    def lacks_start(self, attempt: int) -> bool:
+        """True when tokens of an attempt are at hand whose start was not told: it is not logged."""
+        return attempt > self._attempt_told and not self.is_done
+
     def told_queued(self) -> list[Event]:
         """Say that the job waits, if nothing was said yet."""
         if self._is_told or self._attempt_told:

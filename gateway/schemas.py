@@ -21,7 +21,6 @@ MAX_DEADLINE_S = 31_536_000.0
 
 _TOKEN_ID = re.compile(r"-?(0|[1-9][0-9]{0,9})")
 
-Finite = Field(allow_inf_nan=False)
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 

@@ -56,7 +56,9 @@ worker_connections = _settings.max_connections
 backlog = 2048
 #: Seconds a worker may be silent before its master replaces it; its loop never computes so long.
 timeout = 60
-graceful_timeout = 10
+#: Seconds a stop waits for answers under way; streams and waits end at once, the rest takes
+#: milliseconds, but a connection that idles between two requests counts as busy for gunicorn.
+graceful_timeout = 5
 keepalive = 75
 preload_app = False
 accesslog = None

@@ -102,7 +102,10 @@ class JobStream:
         except QueueUnavailable:
             box.is_behind = True
             return self._look_at_row()
-        events = [event for chunk in view.chunks for event in self._cursor.take(chunk)]
+        events: list[Event] = []
+        if view.chunks and self._cursor.lacks_start(view.chunks[-1].attempt):
+            events += self._look_at_row()
+        events += [event for chunk in view.chunks for event in self._cursor.take(chunk)]
         if view.end is not None:
             events += self._cursor.take(view.end)
         if self._cursor.is_behind or (view.end is not None and not self._cursor.is_done):

@@ -140,6 +140,18 @@ def test_a_lost_frame_is_filled_from_the_log(client, services, courier, job):
     assert tokens_of(events) == (held.ids, held.text)
 
 
+def test_a_lost_start_is_told_from_the_row(client, services, courier, job):
+    with Reader(client, job) as reader:
+        reader.until("queued")
+        services.token_log.unsubscribe(shard_of(services), MODEL, job)
+        held = courier.take()
+        courier.say(held, 2)
+        events = reader.until("token")
+        courier.end(held)
+        reader.rest()
+    assert names(events) == ["started", "token"]
+
+
 def test_a_lost_end_is_found_after_a_silence(client, services, courier, job):
     with Reader(client, job) as reader:
         held = courier.take()

@@ -1,0 +1,94 @@
+"""Keys: every route needs one, except the few that say so."""
+
+import time
+
+import pytest
+from flask import Flask
+
+from headrace.gateway import auth
+from headrace.gateway.routes import route_table
+from headrace.tests.gateway.conftest import client_of
+from headrace.tests.gateway.test_bad_input import check_problem
+
+OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
+
+
+def test_every_route_answers_401_without_a_key(app: Flask):
+    client, walked = app.test_client(), set()
+    for rule in app.url_map.iter_rules():
+        path = rule.rule.replace("<job_id>", "job_" + "0" * 32)
+        assert "<" not in path, "the walk knows no value for this parameter"
+        for method in rule.methods or ():
+            response = client.open(path, method=method)
+            if rule.rule in OPEN:
+                assert response.status_code in (200, 404), (method, path)
+            else:
+                assert response.status_code == 401, (method, path)
+                assert response.headers["WWW-Authenticate"].startswith("Bearer")
+                if method not in ("HEAD", "OPTIONS"):
+                    check_problem(response, 401, "unauthenticated")
+            walked.add(rule.rule)
+    assert walked >= OPEN | {"/v1/jobs", "/v1/jobs/<job_id>/events"}
+
+
+def test_only_the_listed_routes_are_open(app: Flask, services):
+    table = route_table(services)
+    assert {op.path for op in table if op.is_open} == OPEN
+    assert {op.name for op in table} == {rule.endpoint for rule in app.url_map.iter_rules()}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic aHI6eA==",
+        "Bearer hr_000000000000_" + "0" * 48,
+        "Bearer hr_x",
+        "Bearer \x80\xff",
+        "hr_000000000000_" + "0" * 48,
+        "Bearer " + "k" * 5000,
+    ],
+)
+def test_other_headers_are_401(app: Flask, header: str):
+    client = app.test_client()
+    response = client.get("/v1/jobs", headers={"Authorization": header})
+    problem = check_problem(response, 401, "unauthenticated")
+    assert "hr_0" not in problem["detail"]
+
+
+def test_the_body_is_not_read_without_a_key(app: Flask):
+    response = app.test_client().post("/v1/jobs", data=b"x" * 100_000)
+    check_problem(response, 401, "unauthenticated")
+
+
+def test_a_wrong_secret_is_401(app: Flask, key):
+    wrong = key.secret[:-1] + ("0" if key.secret[-1] != "0" else "1")
+    response = app.test_client().get("/v1/jobs", headers={"Authorization": f"Bearer {wrong}"})
+    check_problem(response, 401, "unauthenticated")
+
+
+def test_a_revoked_key_works_no_longer_than_the_cache(app: Flask, services, monkeypatch):
+    key = services.accounts.create_key(tenant="revoked", name="test")
+    client = client_of(app, key)
+    assert client.get("/v1/jobs").status_code == 200
+    services.accounts.revoke_key(key.id)
+    now = time.monotonic()
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now + auth.CACHE_S + 1)
+    check_problem(client.get("/v1/jobs"), 401, "unauthenticated")
+
+
+def test_a_known_key_costs_no_look_up(client, services, monkeypatch):
+    assert client.get("/v1/models").status_code == 200
+    monkeypatch.setattr(type(services.accounts), "authenticate", lambda *_: pytest.fail("asked"))
+    assert client.get("/v1/models").status_code == 200
+
+
+def test_the_memory_of_keys_is_bounded(services, key, monkeypatch):
+    monkeypatch.setattr(auth, "MAX_CACHED", 2)
+    guard = auth.KeyGuard(services.accounts)
+    for n in range(5):
+        made = services.accounts.create_key(tenant="bounded", name=f"k{n}")
+        assert guard.principal(f"bearer {made.secret}").key_id == made.id
+        assert len(guard._known) <= 2
