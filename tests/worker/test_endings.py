@@ -41,7 +41,7 @@ def test_invariant_5_a_stale_attempts_result_is_refused_counted_and_tells_nobody
 
 
 def test_an_ending_that_was_committed_before_is_told_again(bench):
-    """The worker's commit succeeded and the answer was lost: the repeat goes on as if it had not."""
+    """The commit succeeded and its answer was lost: the repeat goes on as if it had come."""
     job_id, job = finished(bench, "hi")
     assert job.ending is not None
     bench.ledger.finish(job_id, job.attempt, job.ending)
