@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from headrace.worker import frames
 from headrace.worker.engine.loop import Engine
@@ -237,6 +238,32 @@ def test_logprobs_arrive_for_those_who_asked(shared_engine, admit, peer):
         assert chosen == pytest.approx(float(expected.max()), abs=1e-3)
         assert [token for token, _ in others] == top.indices[:k].tolist()
         np.testing.assert_allclose([v for _, v in others], top.values[:k], atol=1e-3)
+
+
+def test_a_sequence_whose_values_are_no_numbers_fails_alone_and_spoils_nothing(
+    start, model_folder, admit, peer, tmp_path
+):
+    source = model_folder("qwen2")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][300] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    courier = start(model_folder=str(tmp_path), num_blocks=6, block_size=8, debug_check=True)
+    assert isinstance(courier.next(), frames.Ready)
+    expected = greedy(peer("qwen2"), [5, 6, 7], 4)
+    assert 300 not in expected
+    bad = [300] * 11
+    courier.send(admit(1, bad, 4), admit(2, [5, 6, 7], 4))
+    found = courier.follow(1, 2)
+    assert found[1][:2] == ([], Reason.FAILED)
+    assert found[2][:2] == (expected, Reason.LENGTH)
+    # All blocks are used again, those of the spoilt sequence too; none of it is found as a prefix.
+    for seq_id in range(3, 12):
+        courier.send(admit(seq_id, [5, 6, 7], 4, salt=bytes([seq_id])))
+        assert courier.follow(seq_id)[seq_id][0] == expected
+    courier.send(admit(20, bad, 4))
+    _, reason, entries = courier.follow(20)[20]
+    assert (reason, int(entries[0]["cached_tokens"])) == (Reason.FAILED, 0)
 
 
 def test_the_engine_ends_when_the_courier_closes_its_end(engine, admit):
