@@ -12,7 +12,7 @@ Invariants:
  3. The process waits only where there is nothing to do: no work, or a courier that does not read.
  4. It ends at the next step when the courier is gone, and is killed with its parent (Linux).
 
-Called by: worker/courier, as a process.
+Called by: worker/engine_link.py, which starts it as a process.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from headrace.worker import frames
 from headrace.worker.engine.loop import Engine
@@ -237,6 +238,46 @@ def test_logprobs_arrive_for_those_who_asked(shared_engine, admit, peer):
         assert chosen == pytest.approx(float(expected.max()), abs=1e-3)
         assert [token for token, _ in others] == top.indices[:k].tolist()
         np.testing.assert_allclose([v for _, v in others], top.values[:k], atol=1e-3)
+
+
+@pytest.fixture
+def spoilt_folder(model_folder, tmp_path):
+    """Save a model whose token 300 turns a sequence into NaN."""
+    source = model_folder("qwen2")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][300] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    return str(tmp_path)
+
+
+def test_a_sequence_whose_values_are_no_numbers_fails_alone(start, spoilt_folder, admit, peer):
+    courier = start(model_folder=spoilt_folder, num_blocks=6, block_size=8, debug_check=True)
+    assert isinstance(courier.next(), frames.Ready)
+    expected = greedy(peer("qwen2"), [5, 6, 7], 4)
+    assert 300 not in expected
+    courier.send(admit(1, [300] * 11, 4), admit(2, [5, 6, 7], 4))
+    found = courier.follow(1, 2)
+    assert found[1][:2] == ([], Reason.FAILED)
+    assert found[2][:2] == (expected, Reason.LENGTH)
+    courier.send(admit(3, [300] * 11, 4))
+    _, reason, entries = courier.follow(3)[3]
+    # What was computed of it is not offered to others, not even to its like.
+    assert (reason, int(entries[0]["cached_tokens"])) == (Reason.FAILED, 0)
+
+
+def test_blocks_of_a_spoilt_sequence_are_cleared(spoilt_folder, admit):
+    config = EngineConfig(model_folder=spoilt_folder, num_blocks=6, block_size=8)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        engine = Engine(build_runner(config), config, theirs)
+        courier = Courier(ours, None)
+        courier.send(admit(1, [300] * 11, 4))
+        engine.receive()
+        engine.step()
+        assert courier.follow(1)[1][1] is Reason.FAILED
+        assert torch.isfinite(engine._runner._k_cache).all()
+        assert torch.isfinite(engine._runner._v_cache).all()
 
 
 def test_the_engine_ends_when_the_courier_closes_its_end(engine, admit):
