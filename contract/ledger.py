@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Double,
     Engine,
@@ -108,6 +109,10 @@ class Ending:
     logprobs: Any = None
     error_code: str | None = None
     error_text: str | None = None
+
+
+def _seconds(seconds: float) -> ColumnElement[timedelta]:
+    return func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
 
 def _columns_of(ending: Ending) -> dict[str, Any]:
@@ -337,10 +342,7 @@ class Ledger:
         query = (
             select(*_SUMMARY, outbox.c.id.label("outbox_id"))
             .join(outbox, outbox.c.job_id == jobs.c.id)
-            .where(
-                outbox.c.created_at
-                < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)
-            )
+            .where(outbox.c.created_at < func.now() - _seconds(older_than_s))
             .order_by(outbox.c.id)
             .limit(limit)
         )
@@ -352,6 +354,15 @@ class Ledger:
         if job_ids:
             with database_errors("clear outbox"), self._engine.begin() as db:
                 db.execute(delete(outbox).where(outbox.c.job_id.in_(job_ids)))
+
+    def ended_jobs(self, *, older_than_s: float, newer_than_s: float) -> Sequence[RowMapping]:
+        """Return (id, model) of the jobs that ended between two ages."""
+        query = select(jobs.c.id, jobs.c.model).where(
+            jobs.c.finished_at <= func.now() - _seconds(older_than_s),
+            jobs.c.finished_at > func.now() - _seconds(newer_than_s),
+        )
+        with database_errors("read ended jobs"), self._single.connect() as db:
+            return db.execute(query).mappings().all()
 
     def open_jobs(self, *, after: str, limit: int) -> Sequence[RowMapping]:
         """Return queued and running jobs with ids after `after`, in order of age."""

@@ -145,6 +145,17 @@ class TokenLog:
                 return None
         return Position(int(gen or 0), int(next_index or 0), end is not None)
 
+    def lacks_end(self, model: str, jobs: Sequence[str]) -> list[bool]:
+        """Say which of the jobs this Redis knows but has no end record of."""
+        if not jobs:
+            return []
+        with redis_errors("look up end records"):
+            pipe = self._client.pipeline(transaction=False)
+            for job in jobs:
+                pipe.hmget(keys.job_hash(model, job), "lane", "attempt", "end")
+            rows = cast("list[list[bytes | None]]", pipe.execute())
+        return [(lane or attempt) is not None and end is None for lane, attempt, end in rows]
+
     def subscribe(self, shard: str, jobs: Sequence[tuple[str, str]]) -> None:
         """Ask for the frames of (model, job) pairs for SUBSCRIPTION_S; repeat it to stay."""
         until_ms = int((time.time() + SUBSCRIPTION_S) * 1000)

@@ -1,7 +1,8 @@
 """The Celery application: when the upkeep runs. Started by `headrace tasks`, on the fleet's Redis.
 
-This module is an entry point: importing it reads the settings of the environment, because
-`celery -A headrace.gateway.tasks` wants an application. The work is in gateway/upkeep.
+`celery -A headrace.gateway.tasks` wants an application at import, so `app` is made there; but its
+settings are read only when Celery first asks for its configuration, at start. Importing this module
+needs no environment and opens nothing.
 
 Redis and Postgres may be away: a task then ends with a log line, and the next tick tries again.
 A tick that was not run before the next one is due is dropped (`expires`), so nothing piles up.
@@ -11,6 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from celery import Celery
 from celery.signals import setup_logging
@@ -27,11 +31,59 @@ from headrace.gateway.upkeep import Upkeep
 RETAIN_EVERY_S = 3600.0
 
 
-def create_celery(settings: TasksSettings) -> Celery:
+#: Seconds after which an unacknowledged tick is delivered again: longer than any run takes.
+VISIBILITY_S = 600
+
+
+def create_celery(read_settings: Callable[[], TasksSettings]) -> Celery:
     """Build the application: four tasks and their schedule."""
-    redis_url = settings.redis_url.get_secret_value()
-    client = redis_client.connect(redis_url)
-    upkeep = Upkeep(
+    settings_once, app = cache(read_settings), Celery("headrace", set_as_current=False)
+    upkeep = cache(lambda: make_upkeep(settings_once()))
+    for name in ("relay", "expire", "sweep", "retain"):
+        app.task(_guarded(name, upkeep), name=f"headrace.{name}", shared=False)
+    app.add_defaults(lambda: configuration(settings_once()))
+    return app
+
+
+def configuration(settings: TasksSettings) -> dict[str, Any]:
+    """Return Celery's configuration."""
+    every_s = {
+        "relay": settings.relay_every_s,
+        "expire": settings.sweep_every_s,
+        "sweep": settings.sweep_every_s,
+        "retain": RETAIN_EVERY_S,
+    }
+    return {
+        "broker_url": settings.redis_url.get_secret_value(),
+        "broker_transport_options": {
+            "global_keyprefix": keys.CELERY_PREFIX,
+            "visibility_timeout": VISIBILITY_S,
+        },
+        "broker_connection_retry_on_startup": True,
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "task_ignore_result": True,
+        "task_default_queue": "upkeep",
+        "worker_hijack_root_logger": False,
+        "worker_enable_remote_control": False,  # nobody asks it anything; saves its own channels
+        "worker_send_task_events": False,
+        "enable_utc": True,
+        "timezone": "UTC",
+        "beat_schedule": {
+            f"headrace.{name}": {
+                "task": f"headrace.{name}",
+                "schedule": seconds,
+                "options": {"expires": seconds},
+            }
+            for name, seconds in every_s.items()
+        },
+    }
+
+
+def make_upkeep(settings: TasksSettings) -> Upkeep:
+    """Connect the upkeep to the stores (lazily: nothing is opened yet)."""
+    client = redis_client.connect(settings.redis_url.get_secret_value())
+    return Upkeep(
         ledger=Ledger(database.connect(settings.database_url.get_secret_value(), pool_size=2)),
         streams=JobStreams(client),
         tokens=TokenLog(client),
@@ -39,48 +91,26 @@ def create_celery(settings: TasksSettings) -> Celery:
         lease_s=settings.lease_s,
         retention_days=settings.retention_days,
     )
-    app = Celery("headrace", broker=redis_url)
-    app.conf.update(
-        accept_content=["json"],
-        task_serializer="json",
-        task_ignore_result=True,
-        task_default_queue="upkeep",
-        broker_transport_options={"global_keyprefix": keys.CELERY_PREFIX},
-        broker_connection_retry_on_startup=True,
-        worker_enable_remote_control=False,  # nobody asks it anything; saves its own channels
-        worker_send_task_events=False,
-        enable_utc=True,
-        timezone="UTC",
-    )
-    schedule: dict[str, dict[str, object]] = {}
-    for run, every_s in (
-        (upkeep.relay, settings.relay_every_s),
-        (upkeep.expire, settings.sweep_every_s),
-        (upkeep.sweep, settings.sweep_every_s),
-        (upkeep.retain, RETAIN_EVERY_S),
-    ):
-        name = f"headrace.{run.__name__}"
-        app.task(_guarded(run, name), name=name)
-        schedule[name] = {"task": name, "schedule": every_s, "options": {"expires": every_s}}
-    app.conf.beat_schedule = schedule
-    return app
 
 
-def _guarded(run, name: str):  # noqa: ANN001, ANN202
+def _guarded(name: str, upkeep: Callable[[], Upkeep]) -> Callable[[], None]:
     def task() -> None:
         try:
-            run()
+            getattr(upkeep(), name)()
         except Unavailable as error:
             log.event("task.delayed", level=logging.WARNING, task=name, code=error.code)
 
     return task
 
 
-def _keep_logging(**_: object) -> None:
-    """Keep Celery from replacing the process's log handlers."""
+def _read_settings() -> TasksSettings:
+    return TasksSettings.from_env(os.environ)
 
 
-_settings = TasksSettings.from_env(os.environ)
-log.configure(_settings.log_level, "tasks")
-setup_logging.connect(_keep_logging, weak=False)
-app = create_celery(_settings)
+def _configure_logging(**_: object) -> None:
+    """Set up our own lines; that this is connected keeps Celery from replacing their handler."""
+    log.configure(_read_settings().log_level, "tasks")
+
+
+setup_logging.connect(_configure_logging, weak=False)
+app = create_celery(_read_settings)

@@ -7,8 +7,10 @@ Invariants:
 1. A job that is queued in Postgres is in its lane, or will be at the next run (design invariant 2).
 2. A running job is enqueued again only when Redis does not know it, its worker's heartbeat is gone,
    and this Redis has had its memory for longer than a lease: a live worker restores its own first.
-3. A job whose worker is dead and that must not run any more (canceled, past its deadline) ends with
-   the tokens its log holds: what subscribers saw is what is stored.
+3. A job that nobody runs and that must not run any more (canceled, past its deadline), because its
+   worker is dead or handed it back, ends with the tokens its log holds: what subscribers saw is
+   what is stored.
+4. An end that is committed reaches the job's log, also when whoever committed it could not say so.
 
 Called by: gateway/tasks (Celery); never inference.
 """
@@ -33,6 +35,9 @@ from headrace.contract.wire import FinishReason, JobStatus
 
 #: Rows read or written by one statement.
 PAGE = 500
+#: Seconds after its end in which a job's missing end record is looked for. One that is older is
+#: found at the job's next pickup (its entry is still there), or by its subscribers in Postgres.
+LATE_S = 120.0
 
 
 class Upkeep:
@@ -72,6 +77,8 @@ class Upkeep:
             self._tell_ends([row["id"] for row in rows])
             num_expired += len(rows)
             log.event("jobs.expired", jobs=len(rows))
+        for row in self._ledger.overdue_resumable(limit=PAGE):
+            num_expired += self._end_with_log(row, JobStatus.EXPIRED)
         return num_expired
 
     def sweep(self) -> int:
@@ -90,6 +97,9 @@ class Upkeep:
             for row in rows:
                 if row["status"] == JobStatus.RUNNING:
                     num_touched += self._look_after(row, is_alive=row["worker"] in alive)
+                elif row["cancel_requested_at"] is not None:
+                    num_touched += self._end_with_log(row, JobStatus.CANCELED)
+        num_touched += self._tell_late_ends()
         if num_touched:
             log.event("jobs.swept", level=logging.WARNING, jobs=num_touched)
         return num_touched
@@ -136,7 +146,7 @@ class Upkeep:
         return False
 
     def _end_with_log(self, row: RowMapping, status: JobStatus) -> bool:
-        """End a dead worker's job with what its log holds."""
+        """End a job that nobody runs with what its log holds."""
         view = self._tokens.read(row["model"], row["id"])
         ends: list[int] = []
         for chunk in view.chunks:
@@ -156,10 +166,27 @@ class Upkeep:
             error_code=DeadlineExceeded.code if is_expired else None,
             error_text="the job's deadline passed while no worker ran it" if is_expired else None,
         )
-        if self._ledger.finish(row["id"], row["attempt"], ending) is not Finish.DONE:
+        job, attempt = row["id"], row["attempt"]
+        if row["status"] == JobStatus.QUEUED:
+            is_done = self._ledger.end_queued(job, attempt, ending)
+        else:
+            is_done = self._ledger.finish(job, attempt, ending) is Finish.DONE
+        if not is_done:
             return False
-        self._tell_ends([row["id"]])
+        self._tell_ends([job])
         return True
+
+    def _tell_late_ends(self) -> int:
+        """Append the end records that are missing an outage after their commit."""
+        by_model: dict[str, list[str]] = defaultdict(list)
+        for row in self._ledger.ended_jobs(older_than_s=self._lease_s, newer_than_s=LATE_S):
+            by_model[row["model"]].append(row["id"])
+        late: list[str] = []
+        for model, job_ids in by_model.items():
+            lacks = self._tokens.lacks_end(model, job_ids)
+            late += [job_id for job_id, is_late in zip(job_ids, lacks, strict=True) if is_late]
+        self._tell_ends(late)
+        return len(late)
 
     def _tell_ends(self, job_ids: Sequence[str]) -> None:
         """Append the end records of jobs that have ended, and drop their entries."""

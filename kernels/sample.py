@@ -280,7 +280,7 @@ def sample(
     if num_seqs > 0:
         _sample_kernel[(num_seqs,)](
             logits, temperature, top_k, top_p, min_p, seeds, positions, out, CHAIN_A, CHAIN_B,
-            vocab, BLOCK=4096, num_warps=8,
+            vocab, BLOCK=min(4096, max(256, triton.next_power_of_2(vocab))), num_warps=8,
         )  # fmt: skip
     return out
 

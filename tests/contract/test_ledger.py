@@ -360,6 +360,14 @@ def test_the_outbox_holds_a_job_until_it_is_confirmed(ledger, accept, engine):
     assert [r["id"] for r in ledger.outbox_jobs(older_than_s=0, limit=9)] == [second]
 
 
+def test_ended_jobs_are_found_by_the_age_of_their_end(ledger, in_state):
+    ended, running = in_state(JobStatus.SUCCEEDED), in_state(JobStatus.RUNNING)
+    found = [r["id"] for r in ledger.ended_jobs(older_than_s=0, newer_than_s=60)]
+    assert ended in found
+    assert running not in found
+    assert ledger.ended_jobs(older_than_s=60, newer_than_s=120) == []
+
+
 def test_open_jobs_are_walked_in_order_of_age(ledger, in_state):
     queued, ended, running = (
         in_state(s) for s in (JobStatus.QUEUED, JobStatus.FAILED, JobStatus.RUNNING)

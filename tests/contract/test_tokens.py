@@ -153,6 +153,16 @@ def test_invariant_4_one_end_and_nothing_after_it(tokens, chunk_of):
     assert view.chunks == (chunk_of("job_1", 1, 0, 2),)
 
 
+def test_a_missing_end_record_is_told_from_an_unknown_job(tokens, streams, spec_for):
+    tokens.fence(MODEL, "job_1", 1, "w1")
+    streams.enqueue(spec_for("job_2"), 1)
+    tokens.fence(MODEL, "job_3", 1, "w1")
+    tokens.end(MODEL, [end_of("job_3")])
+    jobs = ["job_1", "job_2", "job_3", "job_4"]
+    assert tokens.lacks_end(MODEL, jobs) == [True, True, False, False]
+    assert tokens.lacks_end(MODEL, []) == []
+
+
 def test_a_job_that_never_ran_gets_an_end_record(tokens):
     tokens.end(MODEL, [end_of("job_1", status=wire.JobStatus.CANCELED)])
     view = tokens.read(MODEL, "job_1")

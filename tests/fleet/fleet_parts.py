@@ -69,7 +69,7 @@ class Fleet:
             "HEADRACE_ENGINE_THREADS": "1",
             "HEADRACE_LEASE_S": str(LEASE_S),
             "HEADRACE_HEARTBEAT_S": "1",
-            "HEADRACE_KV_CACHE_MB": "256",
+            "HEADRACE_KV_CACHE_MB": "512",
         } | self.settings
         engine = database.connect(self.postgres.url)
         self.key = Accounts(engine).create_key(tenant="one", name="test").secret

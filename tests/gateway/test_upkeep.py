@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +16,14 @@ from sqlalchemy import text, update
 from headrace.contract import database, redis_client, wire
 from headrace.contract.accounts import Accounts
 from headrace.contract.ids import new_id
-from headrace.contract.ledger import Ledger
+from headrace.contract.ledger import Cancel, Ledger
 from headrace.contract.records import jobs
 from headrace.contract.specs import spec_of
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import TokenLog
 from headrace.contract.wire import JobStatus
 from headrace.gateway.upkeep import Upkeep
-from headrace.tests.gateway.courier import MODEL, Courier
+from headrace.tests.gateway.courier import MODEL, Courier, Held
 
 LEASE_S = 0.05
 
@@ -225,6 +226,76 @@ def test_a_dead_workers_canceled_job_ends_with_the_tokens_of_its_log(parts):
     view = parts.tokens.read(MODEL, job)
     assert view.end is not None
     assert view.end.next == 5
+
+
+def hand_back(parts: Parts) -> tuple[str, Held]:
+    """Let a courier make five tokens of a new job and drain."""
+    job = parts.accept()
+    parts.enqueue(job)
+    held = parts.courier.take()
+    parts.courier.say(held, 5)
+    assert parts.ledger.hand_back(job, held.attempt)
+    assert parts.streams.hand_back(MODEL, job, held.attempt)
+    return job, held
+
+
+def test_invariant_6_a_job_handed_back_expires_with_the_tokens_of_its_log(parts):
+    job, held = hand_back(parts)
+    parts.set(job, deadline_at=text("now() - interval '1 second'"))
+    assert parts.upkeep.expire() == 1
+    assert parts.upkeep.expire() == 0
+    row = parts.row(job)
+    assert (row["status"], row["output_text"]) == (JobStatus.EXPIRED, held.text)
+    view = parts.tokens.read(MODEL, job)
+    assert view.end is not None
+    assert view.end.next == 5
+    assert parts.claimable() == []
+
+
+def test_invariant_6_a_job_handed_back_is_canceled_with_the_tokens_of_its_log(parts):
+    job, held = hand_back(parts)
+    assert parts.ledger.request_cancel(job, tenant_id=parts.tenant) is Cancel.REQUESTED
+    assert parts.upkeep.sweep() == 1
+    assert parts.upkeep.sweep() == 0
+    row = parts.row(job)
+    assert (row["status"], row["output_text"]) == (JobStatus.CANCELED, held.text)
+    assert row["output_token_ids"] == held.ids
+    assert parts.claimable() == []
+
+
+def test_an_end_that_redis_never_heard_of_is_told_later(parts):
+    job = parts.accept()
+    parts.enqueue(job)
+    parts.ledger.request_cancel(job, tenant_id=parts.tenant)  # and the gateway died here
+    parts.set(job, finished_at=text("now() - interval '1 minute'"))
+    assert parts.tokens.read(MODEL, job).end is None
+    assert parts.upkeep.sweep() == 1
+    assert parts.upkeep.sweep() == 0
+    end = parts.tokens.read(MODEL, job).end
+    assert end is not None
+    assert end.status is JobStatus.CANCELED
+    assert parts.claimable() == []
+
+
+def test_runs_that_overlap_do_everything_once(parts):
+    queued = [parts.accept() for _ in range(20)]
+    late = [parts.accept() for _ in range(5)]
+    for job in late:
+        parts.set(job, deadline_at=text("now() - interval '1 second'"))
+    counts, barrier = [], threading.Barrier(3)
+
+    def run() -> None:
+        barrier.wait(10)
+        counts.append((parts.upkeep.expire(), parts.upkeep.sweep()))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(counts) == 3
+    assert sum(expired for expired, _ in counts) == len(late)
+    assert sorted(parts.claimable()) == sorted(queued)
 
 
 def test_a_dead_workers_overdue_job_expires_but_a_living_ones_is_its_own(parts):
