@@ -3,8 +3,8 @@
 Invariants:
 1. A program that dies is started again after a growing pause, at most MAX_RESTARTS times in
    RESTART_WINDOW_S; then the fleet ends, because a program that cannot live hides a cause.
-2. A program that has been stopped has left no process behind: it led a process group of its own,
-   and the group is empty.
+2. A program that has been stopped, or is started again, has left no process behind: it led a
+   process group of its own, and the group is empty.
 
 Called by `supervise`.
 """
@@ -83,6 +83,7 @@ class Program:
         """Start it again once its pause is over; return what to say about it, if anything."""
         if self.process is None or (code := self.process.poll()) is None:
             return None
+        self.kill()  # what it started and left: a second Celery beat would run beside the next one
         now = time.monotonic()
         if not self.deaths or self.deaths[-1] < self.started_at:
             self.deaths = [at for at in self.deaths if now - at < RESTART_WINDOW_S] + [now]

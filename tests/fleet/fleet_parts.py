@@ -4,6 +4,7 @@ Nothing is simulated; only the addresses go through `Forwarder`, so that a test 
 away. Every process is ended by `Fleet.stop`, and dies with the test run besides.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -104,15 +105,15 @@ class Fleet:
         return process.wait(PATIENCE_S)
 
     def kill_group(self, name: str) -> None:
-        """Kill a process and all it started, at once: gunicorn's workers outlive their master."""
+        """Kill a process and all it started, at once: gunicorn's workers, Celery's beat."""
         process = self.processes.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(PATIENCE_S)
 
     def stop(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
+        for name in list(self.processes):
+            self.kill_group(name)
         self.redis_door.close()
         self.postgres_door.close()
         self.valkey.stop()

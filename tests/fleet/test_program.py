@@ -50,6 +50,19 @@ def test_stop_ends_what_the_program_started_too(tmp_path, monkeypatch):
     thing.stop()
 
 
+def test_what_a_dead_program_left_is_ended_before_the_next_one(tmp_path):
+    thing = program(tmp_path, PARENT)
+    thing.start()
+    wait_for(lambda: "up" in thing.log.read_text())
+    assert thing.process is not None
+    thing.process.kill()
+    thing.process.wait()
+    assert group_lives(thing.process.pid), "its child goes on without it"
+    assert thing.restart_if_dead() is not None
+    group = thing.process.pid
+    wait_for(lambda: not group_lives(group))
+
+
 def test_a_program_that_ignores_sigterm_is_killed_after_its_grace(tmp_path):
     script = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True);"
     thing = program(tmp_path, script + "signal.pause()", grace_s=0.1)

@@ -10,8 +10,9 @@ Decodes are grouped by number of blocks rounded up to a power of two, so that on
 not make all others gather as many blocks: padding is at most double. Query heads that share a KV
 head are laid out as rows of one query, so nothing is repeated in memory.
 
-Numerics: attention is torch's own (fp32 accumulation); the rotation rounds after each product in
-bf16, where the reference rounds once. Tolerances are in the test.
+Numerics: attention is torch's own (fp32 accumulation). The residual stream is fp32, where
+transformers and the reference round it to the model's dtype: two roundings a layer fewer, which a
+CPU has almost for nothing. Tolerances are in the test.
 
 Called by: model.py through runner.py; tested against the references of headrace.kernels.
 """
@@ -49,7 +50,7 @@ class _Group:
 class CpuStep:
     """What all layers of one step share."""
 
-    cos: torch.Tensor  # [num_tokens, 1, head_dim] in the model's dtype, halves repeated
+    cos: torch.Tensor  # [num_tokens, 1, head_dim] fp32, halves repeated
     sin: torch.Tensor  # [num_tokens, 1, head_dim], first half negated
     slots: torch.Tensor  # [num_tokens] int64
     groups: dict[int | None, list[_Group]]  # by window
@@ -63,23 +64,23 @@ class CpuStep:
         windows: frozenset[int | None],
         block_size: int,
         heads_per_kv: int,
+        dtype: torch.dtype,  # of the cache
     ) -> CpuStep:
         positions = torch.from_numpy(batch.positions)
         return cls(
             cos=cos[positions].unsqueeze(1),
             sin=sin[positions].unsqueeze(1),
             slots=torch.from_numpy(batch.slots).long(),
-            groups={w: _groups(batch, w, block_size, heads_per_kv, cos.dtype) for w in windows},
+            groups={w: _groups(batch, w, block_size, heads_per_kv, dtype) for w in windows},
         )
 
 
 def rope_tables(
     cos: torch.Tensor,  # [max_positions, head_dim // 2] fp32
     sin: torch.Tensor,
-    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Widen half tables so that a rotation is x * cos + swapped(x) * sin."""
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def pack_weights(weights: Weights) -> Weights:
@@ -128,20 +129,20 @@ def rms_norm(
     weight: torch.Tensor,  # [width]
     eps: float,
 ) -> torch.Tensor:
-    """Norm rows as the reference does, in fewer calls; it rounds where the reference rounds."""
+    """Norm rows in fp32 and return them in the weight's dtype, rounded as the reference rounds."""
     wide = x.float()
     mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
-    return (wide * mean_square.add_(eps).rsqrt_().unsqueeze(-1)).to(x.dtype).mul_(weight)
+    return (wide * mean_square.add_(eps).rsqrt_().unsqueeze(-1)).to(weight.dtype).mul_(weight)
 
 
 def residual_rms_norm(
     x: torch.Tensor,  # [num_tokens, hidden]
-    residual: torch.Tensor,  # [num_tokens, hidden]
+    residual: torch.Tensor,  # [num_tokens, hidden] fp32
     weight: torch.Tensor,  # [hidden]
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (normed sum, sum)."""
-    residual = x + residual
+    """Return (normed sum, sum in fp32)."""
+    residual = residual + x
     return rms_norm(residual, weight, eps), residual
 
 
@@ -168,7 +169,8 @@ def qkv_rope_write(
         q, k = qk.split((num_q_heads, num_kv_heads), dim=1)
         normed = [rms_norm(x, w, eps) for x, w in zip((q, k), qk_norm, strict=True)]
         qk = torch.cat(normed, dim=1)
-    qk = torch.addcmul(qk * step.cos, qk.roll(head_dim // 2, dims=-1), step.sin)
+    qk = qk.float()
+    qk = torch.addcmul(qk * step.cos, qk.roll(head_dim // 2, dims=-1), step.sin).to(qkv.dtype)
     k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, step.slots, qk[:, num_q_heads:])
     v_cache.view(-1, num_kv_heads, head_dim).index_copy_(
         0, step.slots, heads[:, num_q_heads + num_kv_heads :]

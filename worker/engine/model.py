@@ -19,6 +19,9 @@ from headrace.worker.engine import cpu_ops as ops
 from headrace.worker.engine.architecture import Architecture
 from headrace.worker.engine.weights import LayerWeights, Weights
 
+#: leading logits computed in fp32 for a bf16 model; 64 rows of the head are 0.1 % of it.
+NUM_EXACT_LOGITS = 64
+
 
 def forward(
     arch: Architecture,
@@ -30,7 +33,7 @@ def forward(
     rows: torch.Tensor,  # [num_rows] int64, those whose logits are wanted
 ) -> torch.Tensor:  # [num_rows, vocab] fp32
     """Compute one step's rows: their keys and values into the cache, and logits of some."""
-    residual = F.embedding(tokens, weights.embedding)
+    residual = F.embedding(tokens, weights.embedding).float()
     x = ops.rms_norm(residual, weights.layers[0].attention_norm, arch.rms_eps)
     next_norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
     for i, layer in enumerate(weights.layers):
@@ -41,7 +44,21 @@ def forward(
         if i == arch.num_layers - 1:  # what is left to do concerns only the rows asked for
             x, residual = x[rows], residual[rows]
         x, residual = ops.residual_rms_norm(x, residual, next_norms[i], arch.rms_eps)
-    return ops.linear(x, weights.lm_head, None).float()
+    return _head(weights, x)
+
+
+def _head(weights: Weights, x: torch.Tensor) -> torch.Tensor:  # [num_rows, hidden]
+    """Return logits: [num_rows, vocab] fp32, the leading ones exact.
+
+    A bf16 GEMM rounds its result: by steps of 0.125 where logits are above 16, which makes ties of
+    what is not equal. Among the leaders the token is chosen, so those are computed again.
+    """
+    logits = ops.linear(x, weights.lm_head, None).float()
+    if x.dtype is torch.float32:
+        return logits
+    leaders = logits.topk(min(NUM_EXACT_LOGITS, logits.shape[1]), dim=-1).indices
+    exact = weights.lm_head_rows[leaders].float() @ x.float().unsqueeze(-1)
+    return logits.scatter_(1, leaders, exact.squeeze(-1))
 
 
 def _attention(

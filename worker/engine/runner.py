@@ -80,7 +80,7 @@ class CpuRunner:
         self._weights = cpu_ops.pack_weights(weights)
         self._windows = frozenset(arch.windows)
         dtype = weights.embedding.dtype
-        self._cos, self._sin = cpu_ops.rope_tables(*arch.rope_cos_sin(), dtype)
+        self._cos, self._sin = cpu_ops.rope_tables(*arch.rope_cos_sin())
         shape = (arch.num_layers, num_blocks, block_size, arch.num_kv_heads, arch.head_dim)
         # Zeros, not empty: what a mask hides must still be numbers. The pages come on first use.
         self._k_cache = torch.zeros(shape, dtype=dtype)
@@ -97,6 +97,7 @@ class CpuRunner:
             self._windows,
             self.block_size,
             arch.num_q_heads // arch.num_kv_heads,
+            self._k_cache.dtype,
         )
         self._logits = forward(
             arch,

@@ -41,6 +41,7 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [hidden]
     lm_head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied
+    lm_head_rows: torch.Tensor  # the same, left plain where a runner lays lm_head out otherwise
 
 
 def load_weights(folder: Path, arch: Architecture, dtype: torch.dtype) -> Weights:
@@ -70,7 +71,7 @@ def merge_weights(tensors: dict[str, torch.Tensor], arch: Architecture) -> Weigh
     layers = tuple(_merge_layer(tensors, f"model.layers.{i}.") for i in range(arch.num_layers))
     norm = tensors.pop("model.norm.weight")
     lm_head = embedding if arch.has_tied_embeddings else tensors.pop("lm_head.weight")
-    return Weights(embedding, layers, norm, lm_head)
+    return Weights(embedding, layers, norm, lm_head, lm_head)
 
 
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

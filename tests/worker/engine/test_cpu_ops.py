@@ -12,9 +12,9 @@ from headrace.kernels.silu_mul import silu_mul_reference
 from headrace.worker.engine import cpu_ops
 from headrace.worker.engine.batch import Batch
 
-#: absolute, on values of the order of 1: fp32 sums in another order; in bf16 the rotation rounds
-#: after each of its two products, and its tables are rounded first.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+#: on values of the order of 1: fp32 sums in another order; bf16 has 8 bits, and attention rounds
+#: its weights to it before the second product.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 DTYPES = list(TOLERANCE)
 BLOCK_SIZE, MAX_BLOCKS, NUM_BLOCKS = 4, 12, 64
 
@@ -47,9 +47,9 @@ def make_batch(q_lens, context_lens, seed=0):
 
 def make_step(batch, dtype, head_dim, heads_per_kv, window=None):
     angles = torch.outer(torch.arange(64.0), 10_000.0 ** (-torch.arange(head_dim // 2) / 8))
-    cos, sin = cpu_ops.rope_tables(angles.cos(), angles.sin(), dtype)
+    cos, sin = cpu_ops.rope_tables(angles.cos(), angles.sin())
     windows = frozenset([window])
-    step = cpu_ops.CpuStep.build(batch, cos, sin, windows, BLOCK_SIZE, heads_per_kv)
+    step = cpu_ops.CpuStep.build(batch, cos, sin, windows, BLOCK_SIZE, heads_per_kv, dtype)
     return step, angles.cos(), angles.sin()
 
 
@@ -151,9 +151,11 @@ def test_norms_and_gate_equal_the_references(dtype, num_rows):
     x, residual = torch.randn(2, num_rows, 24).to(dtype)
     weight = torch.randn(24).to(dtype)
     tolerance = 1e-6 if dtype is torch.float32 else 1e-2
-    found = cpu_ops.residual_rms_norm(x, residual, weight, 1e-5)
-    expected = residual_rms_norm_reference(x, residual, weight, 1e-5)
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    normed, total = cpu_ops.residual_rms_norm(x, residual.float(), weight, 1e-5)
+    expected = residual_rms_norm_reference(x.float(), residual.float(), weight.float(), 1e-5)
+    assert (normed.dtype, total.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(normed.float(), expected[0], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(total, expected[1], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
         cpu_ops.rms_norm(x, weight, 1e-5),
         rms_norm_reference(x, weight, 1e-5),

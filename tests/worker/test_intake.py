@@ -1,0 +1,125 @@
+"""Intake on real stores: what becomes of an entry between claim and engine."""
+
+import pytest
+
+from headrace.contract import keys, wire
+from headrace.contract.ledger import Ending
+from headrace.contract.wire import FinishReason, JobStatus
+from headrace.tests.worker.conftest import END, MODEL
+
+
+def test_a_claimed_job_is_running_held_fenced_and_tokenised(bench):
+    job_id = bench.accept()
+    (job,) = bench.claim()
+    assert (job.attempt, job.gen, job.prompt_ids) == (
+        1,
+        0,
+        bench.prompts.encode("abc", add_special_tokens=False),
+    )
+    assert job.stop_token_ids == (END,)
+    assert bench.row(job_id)["status"] == JobStatus.RUNNING
+    assert bench.held.pairs() == [(job_id, 1)]
+    assert bench.room.left() == (10_000 - 13, 7)
+
+
+def test_invariant_1_nothing_is_claimed_beyond_the_room(bench):
+    for _ in range(3):
+        bench.accept()
+    bench.room.reported(room_tokens=27, num_admits=0)
+    assert len(bench.claim()) == 2
+    assert bench.claim() == []
+    assert bench.num_entries() == 3, "the third waits in its lane"
+
+
+def test_without_an_engine_nothing_is_claimed(bench):
+    bench.accept()
+    bench.room.closed()
+    assert bench.claim() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"prompt": "x" * 91}, "prompt_too_long"),
+        ({"prompt": ""}, "engine_refused"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "chat_template_refused"),
+    ],
+)
+def test_what_cannot_be_tokenised_fails_without_the_engine(bench, given, code):
+    job_id = bench.accept(given=given)
+    (job,) = bench.claim()
+    assert job.ending is not None
+    bench.settle(job)
+    row = bench.row(job_id)
+    assert (row["status"], row["error_code"]) == (JobStatus.FAILED, code)
+    end = bench.tokens.read(MODEL, job_id).end
+    assert end is not None
+    assert (end.status, end.error_code) == (JobStatus.FAILED, code)
+    assert bench.num_entries() == 0
+    assert bench.held.pairs() == []
+
+
+def test_an_entry_that_cannot_be_read_fails_its_job(bench):
+    job_id = bench.accept()
+    (claim,) = bench.streams.claim(
+        MODEL, "w0", lease_ms=1, room_tokens=100, max_jobs=1, is_idle=True
+    ).claims
+    stream = keys.lane_stream(MODEL, claim.lane)
+    bench.client.delete(stream)
+    bench.client.xgroup_create(stream, keys.GROUP, "0", mkstream=True)
+    entry = bench.client.xadd(stream, {"job": job_id, "spec": b"\xc1 garbage", "cost": 13})
+    bench.client.hset(keys.job_hash(MODEL, job_id), "entry", entry)
+    bench.client.sadd(keys.prefix(MODEL) + "lanes", claim.lane)
+    (job,) = bench.claim()
+    bench.settle(job)
+    assert bench.row(job_id)["error_code"] == "wire"
+
+
+def test_a_takeover_resumes_after_the_logged_tokens(bench):
+    job_id = bench.accept()
+    (first,) = bench.claim()
+    bench.tokens.append(MODEL, [("t", bench.chunk(job_id, 1, 0, "hel"))])
+    bench.streams.hand_back(MODEL, job_id, first.attempt)
+    (second,) = bench.claim()
+    assert (second.attempt, second.num_logged, "".join(second.pieces)) == (2, 3, "hel")
+    assert second.ending is None
+
+
+def test_a_takeover_of_a_complete_output_ends_it_without_the_engine(bench):
+    job_id = bench.accept(max_tokens=3)
+    (first,) = bench.claim()
+    bench.tokens.append(MODEL, [("t", bench.chunk(job_id, 1, 0, "hel"))])
+    bench.streams.hand_back(MODEL, job_id, first.attempt)
+    (second,) = bench.claim()
+    assert second.ending is not None
+    bench.settle(second)
+    row = bench.row(job_id)
+    assert (row["status"], row["finish_reason"]) == (JobStatus.SUCCEEDED, FinishReason.LENGTH)
+    assert row["output_text"] == "hel"
+
+
+def test_a_job_that_ended_before_its_worker_could_say_so_is_told_and_dropped(bench):
+    job_id = bench.accept()
+    (job,) = bench.claim()
+    ending = Ending(
+        status=JobStatus.SUCCEEDED,
+        finish_reason=FinishReason.STOP,
+        text="x",
+        token_ids=(1,),
+        ends=(1,),
+    )
+    bench.ledger.finish(job_id, job.attempt, ending)
+    bench.streams.hand_back(MODEL, job_id, job.attempt)
+    assert bench.claim() == []
+    end = bench.tokens.read(MODEL, job_id).end
+    assert isinstance(end, wire.JobEnd)
+    assert (end.status, end.next) == (JobStatus.SUCCEEDED, 1)
+    assert bench.num_entries() == 0
+
+
+def test_a_cancellation_asked_before_the_pickup_ends_the_job(bench):
+    job_id = bench.accept()
+    bench.streams.cancel(MODEL, job_id)
+    (job,) = bench.claim()
+    assert job.ending is not None
+    assert job.ending.status is JobStatus.CANCELED
