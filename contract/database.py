@@ -53,7 +53,8 @@ def _refuse_closed(connection: Any, _record: object, _proxy: object) -> None:
     the gateway's CPU); a closed socket can be seen without asking.
     """
     try:
-        connection.pgconn.consume_input()
+        connection.pgconn.consume_input()  # reads the farewell, where there is one
+        connection.pgconn.consume_input()  # meets the end
     except psycopg.OperationalError as error:
         raise DisconnectionError from error
 

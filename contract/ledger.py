@@ -361,7 +361,7 @@ class Ledger:
             jobs.c.finished_at <= func.now() - _seconds(older_than_s),
             jobs.c.finished_at > func.now() - _seconds(newer_than_s),
         )
-        with database_errors("read ended jobs"), self._engine.connect() as db:
+        with database_errors("read ended jobs"), self._single.connect() as db:
             return db.execute(query).mappings().all()
 
     def open_jobs(self, *, after: str, limit: int) -> Sequence[RowMapping]:

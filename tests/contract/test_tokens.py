@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headrace.contract import keys, wire
 from headrace.contract.errors import QueueUnavailable
 from headrace.contract.redis_client import connect
-from headrace.contract.tokens import Append, ShardSubscription, TokenLog
+from headrace.contract.tokens import Append, Position, ShardSubscription, TokenLog
 
 MODEL = "tiny/model: a {b}"
 LOGGED, REPEATED, STALE, BROKEN = Append
@@ -319,3 +319,17 @@ def test_a_chunk_can_be_cut_between_any_two_tokens(texts, first, cut, has_logpro
     assert (rest.logprobs is None) == (not has_logprobs)
     starts = (0, *rest.ends)
     assert [rest.text[a:b] for a, b in zip(starts, rest.ends, strict=False)] == texts[skipped:]
+
+
+def test_the_position_says_how_far_a_log_is(tokens, streams, client, spec_for, chunk_of):
+    job = spec_for()
+    assert tokens.position(MODEL, job.job) is None
+    streams.enqueue(job, 10)
+    assert tokens.position(MODEL, job.job) == Position(0, 0, False)
+    tokens.fence(MODEL, job.job, 3, "w1")
+    append(tokens, chunk_of(job.job, 3, 0, 4, gen=2))
+    assert tokens.position(MODEL, job.job) == Position(2, 4, False)
+    tokens.end(MODEL, [end_of(job.job, 4, gen=2)])
+    assert tokens.position(MODEL, job.job) == Position(2, 4, True)
+    client.flushall()
+    assert tokens.position(MODEL, job.job) is None
