@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,6 +109,7 @@ def compare(options: argparse.Namespace) -> None:
     best: dict[tuple[str, int], float] = {}
     for num_seqs in options.batch:
         prompts = random.integers(10, arch.vocab_size, (num_seqs, options.prompt))
+        equal = 0
         for _ in range(options.runs):
             ours, ours_s = generate_ours(runner, prompts, options.output)
             theirs, theirs_s = generate_theirs(model, prompts, options.output)
@@ -131,7 +133,8 @@ def _random_smollm2(dtype: torch.dtype) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="smollm2-shape-"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMOLLM2)
-    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    model: Any = transformers.LlamaForCausalLM(config)  # its annotation of `to` is wrong
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 
