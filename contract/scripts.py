@@ -321,33 +321,39 @@ return {1, tonumber(gen), h[4] and 1 or 0, log}
 
 APPEND = (
     """
--- KEYS 1 lanes | ARGV prefix shard_prefix ttl_s (job tenant attempt first count payload)...
-local P, SHARD, out = ARGV[1], ARGV[2], {}
+-- KEYS 1 lanes | ARGV prefix shard_prefix ttl_s items payloads
+-- items: msgpack [[job tenant attempt first count size]...]; payloads: the chunks, joined. Packed,
+-- because six arguments a job cost the client more than all else in a flush; two of them, because
+-- this msgpack reads no `bin`.
+local P, SHARD, out, served, at = ARGV[1], ARGV[2], {}, {}, 1
 """
     + _SHARDS
     + """
-for i = 4, #ARGV, 6 do
-  local job, first, count = ARGV[i], tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
+for _, item in ipairs(cmsgpack.unpack(ARGV[4])) do
+  local job, tenant, attempt, first, count, size = unpack(item)
+  local payload = ARGV[5]:sub(at, at + size - 1)
+  at = at + size
   local hash = P..'job:'..job
   local h = redis.call('HMGET', hash, 'attempt', 'next', 'end')
-  local state
-  if h[3] or (h[1] and tonumber(h[1]) > tonumber(ARGV[i + 2])) then state = 2
-  elseif h[1] ~= ARGV[i + 2] then state = 3  -- unknown, or the newest fence was not on disk
+  local newest, state = tonumber(h[1] or '-1'), nil
+  if h[3] or newest > attempt then state = 2
+  elseif newest < attempt then state = 3  -- unknown, or the newest fence was not on disk
   else
     local next_index = tonumber(h[2] or '0')
     if first + count <= next_index then state = 1
     elseif first ~= next_index then state = 3
     else
       state = 0
-      redis.call('RPUSH', P..'log:'..job, ARGV[i + 5])
+      redis.call('RPUSH', P..'log:'..job, payload)
       redis.call('HSET', hash, 'next', first + count)
       if first == 0 then redis.call('EXPIRE', P..'log:'..job, ARGV[3]) end
-      redis.call('HINCRBY', P..'served', ARGV[i + 1], count)
-      send(job, ARGV[i + 5])
+      served[tenant] = (served[tenant] or 0) + count
+      send(job, payload)
     end
   end
   out[#out + 1] = state
 end
+for tenant, count in pairs(served) do redis.call('HINCRBY', P..'served', tenant, count) end
 flush()
 return out
 """

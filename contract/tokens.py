@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, cast
 
+import msgspec
+
 from headrace.contract import keys, scripts, wire
 from headrace.contract.redis_client import Client, redis_errors
 
@@ -96,10 +98,13 @@ class TokenLog:
 
     def append(self, model: str, chunks: Sequence[tuple[str, wire.TokenChunk]]) -> list[Append]:
         """Append (tenant, chunk) pairs to their logs and publish them: one command."""
+        payloads = [wire.encode(chunk) for _, chunk in chunks]
+        items = [
+            (chunk.job, tenant, chunk.attempt, chunk.first, len(chunk.ids), len(payload))
+            for (tenant, chunk), payload in zip(chunks, payloads, strict=True)
+        ]
         args: list[Any] = [keys.prefix(model), keys.shard_channel(""), keys.RUNNING_TTL_S]
-        for tenant, chunk in chunks:
-            args += (chunk.job, tenant, chunk.attempt, chunk.first, len(chunk.ids))
-            args.append(wire.encode(chunk))
+        args += [msgspec.msgpack.encode(items), b"".join(payloads)]
         with redis_errors("append to token logs"):
             reply = cast("list[int]", self._append(keys=[keys.prefix(model) + "lanes"], args=args))
         return [Append(state) for state in reply]
