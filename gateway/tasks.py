@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -29,8 +30,9 @@ from headrace.gateway.upkeep import Upkeep
 
 #: Seconds between runs of the retention task.
 RETAIN_EVERY_S = 3600.0
-
-
+#: Part of the time a task may take; the sweep walks all open jobs, so with a large backlog it comes
+#: less often instead of keeping the relay waiting.
+SHARE = {"sweep": 0.1}
 #: Seconds after which an unacknowledged tick is delivered again: longer than any run takes.
 VISIBILITY_S = 600
 
@@ -94,11 +96,18 @@ def make_upkeep(settings: TasksSettings) -> Upkeep:
 
 
 def _guarded(name: str, upkeep: Callable[[], Upkeep]) -> Callable[[], None]:
+    rest_until = 0.0  # monotonic s
+
     def task() -> None:
+        nonlocal rest_until
+        started = time.monotonic()
+        if started < rest_until:
+            return
         try:
             getattr(upkeep(), name)()
         except Unavailable as error:
             log.event("task.delayed", level=logging.WARNING, task=name, code=error.code)
+        rest_until = started + (time.monotonic() - started) / SHARE.get(name, 1.0)
 
     return task
 

@@ -75,3 +75,20 @@ def test_the_module_is_imported_without_an_environment():
 def test_a_start_without_settings_says_which_are_missing():
     with pytest.raises(ConfigurationError, match="HEADRACE_REDIS_URL"):
         tasks.create_celery(lambda: TasksSettings.from_env({})).conf.broker_url  # noqa: B018
+
+
+def test_a_sweep_takes_at_most_a_tenth_of_the_time(monkeypatch):
+    """Its ticks come every second, and each walk of the backlog takes one."""
+    now, runs = [100.0], []
+
+    class Slow:
+        def sweep(self) -> None:
+            runs.append(now[0])
+            now[0] += 1
+
+    monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
+    tick = tasks._guarded("sweep", Slow)
+    while now[0] < 130:
+        tick()
+        now[0] += 1
+    assert runs == [100.0, 110.0, 120.0]
