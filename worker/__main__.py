@@ -27,7 +27,7 @@ def main() -> int:
         return 2
 
     def on_signal(_signal: int, _frame: FrameType | None) -> None:
-        worker.quiet()
+        worker.on_signal()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

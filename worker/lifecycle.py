@@ -79,6 +79,7 @@ class Worker:
         self._deadline: float | None = None  # monotonic s at which running jobs are handed back
         self._started_ms = int(time.time() * 1000)
         self._num_restarts = 0
+        self._num_signals = self._num_heeded = 0
         self._pause_s = RESTART_S[0]
         self._restart_at = 0.0
         self._is_stopped = threading.Event()
@@ -138,6 +139,7 @@ class Worker:
         }
         try:
             while not self._is_done():
+                self._heed_signals()
                 is_alive = self._courier.turn()
                 self._watch(is_alive)
             self._stop(threads)
@@ -147,13 +149,22 @@ class Worker:
             self._link.end()
             raise
 
+    def on_signal(self) -> None:
+        """Ask for `quiet`; safe in a signal handler, which may interrupt a lock it would need."""
+        self._num_signals += 1
+        self._courier.wake()
+
+    def _heed_signals(self) -> None:
+        while self._num_heeded < self._num_signals:
+            self._num_heeded += 1
+            self.quiet()
+
     def quiet(self) -> None:
         """Claim nothing more; give running jobs `drain_s`. A second call: hand back at once."""
         now = time.monotonic()
         self._deadline = now if self._deadline is not None else now + self.settings.drain_s
         self.state = "draining"
         self._intake.quiet()
-        self._courier.wake()
 
     def _is_done(self) -> bool:
         if self._deadline is None:

@@ -1,0 +1,162 @@
+"""A fleet with the stub engine under faults, with a checker that knows every answer.
+
+Token i of the stub is a pure function of (seed, i), so what a job's stream and row must hold is
+known before it runs. Subscribers reconnect with the last id they have, as a browser does.
+"""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+import redis
+
+from headrace.tests.fleet.fleet_parts import PATIENCE_S, Event, Fleet, check_stream, wait_for
+from headrace.worker.engine.runner import stub_token
+
+VOCAB = 49152
+MAX_TOKENS = 60
+WORKERS = ("a", "b")
+ENDS = ("succeeded", "failed", "canceled", "expired")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, smollm2_folder) -> Iterator[Fleet]:
+    settings = {"HEADRACE_RUNNER": "stub", "HEADRACE_STUB_STEP_MS": "25", "HEADRACE_LEASE_S": "2"}
+    made = Fleet(tmp_path_factory.mktemp("faults"), smollm2_folder, settings)
+    made.start_servers()
+    try:
+        made.start("tasks", "tasks")
+        made.start_gateway()
+        for name in WORKERS:
+            made.start_worker(name)
+        yield made
+    finally:
+        made.stop()
+
+
+@dataclass
+class Subscriber:
+    """Follows one job to its end through whatever happens, and keeps every event."""
+
+    fleet: Fleet
+    job: str
+    events: list[Event] = field(default_factory=list)
+    num_connections: int = 0
+
+    def run(self) -> None:
+        last = None
+        deadline = time.monotonic() + 2 * PATIENCE_S
+        while time.monotonic() < deadline:
+            self.num_connections += 1
+            try:
+                for event in self.fleet.events(self.job, after=last):
+                    self.events.append(event)
+                    last = event.id if event.id is not None else last
+                    if event.name in ENDS:
+                        return
+            except httpx.HTTPError:
+                continue  # the gateway is away or ended the stream
+
+
+def run_jobs(fleet: Fleet, count: int, faults: Callable[[], None]) -> None:
+    """Submit jobs, let the faults happen while they run, and check every answer."""
+    seeds = [random.randrange(1 << 62) for _ in range(count)]
+    sampling = {"max_tokens": MAX_TOKENS, "temperature": 1.0}
+    jobs = [fleet.submit(prompt="p", sampling={**sampling, "seed": seed})["id"] for seed in seeds]
+    subscribers = [Subscriber(fleet, job) for job in jobs]
+    threads = [threading.Thread(target=each.run) for each in subscribers]
+    for thread in threads:
+        thread.start()
+    faults()
+    for thread in threads:
+        thread.join(2 * PATIENCE_S)
+    for seed, subscriber in zip(seeds, subscribers, strict=True):
+        check_answer(fleet, seed, subscriber)
+
+
+def check_answer(fleet: Fleet, seed: int, subscriber: Subscriber) -> None:
+    """One ending; indexes once and in order; the tokens that must come; stored == streamed."""
+    row, events = fleet.job(subscriber.job), subscriber.events
+    assert row["status"] == "succeeded", row
+    assert [e.name for e in events if e.name in ENDS] == ["succeeded"]
+    assert events[-1].name == "succeeded"
+    assert "reset" not in [e.name for e in events], "no worker and Redis died together"
+    text, ids = check_stream(events)
+    assert ids == [stub_token(seed, index, VOCAB) for index in range(MAX_TOKENS)]
+    assert (row["output"]["text"], row["output"]["token_ids"]) == (text, ids)
+    assert row["usage"]["completion_tokens"] == MAX_TOKENS
+
+
+def engine_pid(fleet: Fleet, worker: str) -> int:
+    said = (fleet.folder / f"{worker}.log").read_text()
+    return int(said.rpartition("engine.started")[2].split("pid=")[1].split()[0])
+
+
+def test_workers_engines_and_both_are_killed_while_jobs_run(fleet):
+    def faults() -> None:
+        for turn, name in enumerate(WORKERS * 2):
+            wait_for(lambda name=name: "job.started" in log_of(fleet, name), "it has work", fleet)
+            if turn % 2:
+                os.kill(engine_pid(fleet, name), signal.SIGKILL)
+            else:
+                fleet.end(name, signal.SIGKILL)
+                fleet.start_worker(name)
+
+    run_jobs(fleet, 24, faults)
+
+
+def test_redis_is_unreachable_for_longer_than_a_lease(fleet):
+    def faults() -> None:
+        fleet.redis_door.cut()
+        back_at = time.monotonic() + 3.0  # longer than the lease
+        wait_for(lambda: time.monotonic() > back_at, "the lease has run out", fleet)
+        fleet.redis_door.join()
+
+    run_jobs(fleet, 16, faults)
+
+
+def test_redis_is_killed_and_started_again_on_its_file(fleet):
+    def faults() -> None:
+        fleet.valkey.process.kill()
+        fleet.valkey.process.wait()
+        fleet.restart_valkey()
+
+    run_jobs(fleet, 16, faults)
+
+
+def test_postgres_is_killed_and_started_again(fleet):
+    def faults() -> None:
+        fleet.postgres.process.kill()
+        fleet.postgres.process.wait()
+        fleet.restart_postgres()
+
+    run_jobs(fleet, 16, faults)
+
+
+def test_pubsub_connections_are_killed(fleet):
+    def faults() -> None:
+
+        with redis.Redis.from_url(fleet.valkey.url) as client:
+            num_killed = 0
+            while num_killed < 12:  # the gateway's and each worker's, some four times
+                num_killed += client.client_kill_filter(_type="pubsub")
+
+    run_jobs(fleet, 16, faults)
+
+
+def test_the_gateway_is_killed_with_streams_open(fleet):
+    def faults() -> None:
+        fleet.kill_group("gateway")
+        fleet.start_gateway()
+
+    run_jobs(fleet, 16, faults)
+
+
+def log_of(fleet: Fleet, name: str) -> str:
+    return (fleet.folder / f"{name}.log").read_text()
