@@ -162,7 +162,7 @@ class Fleet:
             headers["Last-Event-ID"] = after
         url = f"{self.api}/v1/jobs/{job_id}/events"
         with httpx.stream("GET", url, headers=headers, timeout=PATIENCE_S) as response:
-            assert response.status_code == 200, response.read()
+            response.raise_for_status()
             yield from parse_events(response.iter_lines())
 
     def _is_ok(self, path: str) -> bool:
