@@ -5,7 +5,6 @@
     |   +-- InvalidJson, UnknownField, MissingField, WrongType, OutOfRange, InvalidText
     |   +-- PromptChoice, InvalidEventId, InvalidCursor, InvalidHeader
     +-- Unauthenticated          401
-    +-- Forbidden                403
     +-- NotFound                 404  no such job, or another tenant's: the two are not told apart
     +-- MethodNotAllowed         405
     +-- Conflict                 409  the job's state does not allow it
@@ -20,7 +19,6 @@
     +-- JobFailed                     how a job that was accepted can end (kept in the job's row)
     |   +-- EngineRefused, DeadlineExceeded
     +-- ConfigurationError            a process cannot start like this
-    +-- StaleAttempt                  a write by an attempt that a newer one has replaced
     +-- WireError                     bytes that are not a message of this version (wire.py)
 
 Each class has `code` (stable, part of the API), `http_status` and `retryable`. The text has three
@@ -93,11 +91,6 @@ class InvalidHeader(InvalidRequest):
 class Unauthenticated(HeadraceError):
     code = "unauthenticated"
     http_status = 401
-
-
-class Forbidden(HeadraceError):
-    code = "forbidden"
-    http_status = 403
 
 
 class NotFound(HeadraceError):
@@ -184,12 +177,6 @@ class DeadlineExceeded(JobFailed):
 
 class ConfigurationError(HeadraceError):
     code = "configuration"
-
-
-class StaleAttempt(HeadraceError):
-    """A write by an attempt that a newer one has replaced (invariant 5): dropped and counted."""
-
-    code = "stale_attempt"
 
 
 def all_errors() -> list[type[HeadraceError]]:

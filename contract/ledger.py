@@ -40,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from headrace.contract.database import autocommitting, database_errors
-from headrace.contract.errors import IdempotencyMismatch
+from headrace.contract.errors import DeadlineExceeded, IdempotencyMismatch
 from headrace.contract.records import attempts, idempotency_keys, jobs, outbox
 from headrace.contract.wire import FinishReason, JobStatus
 
@@ -385,13 +385,20 @@ class Ledger:
             .with_for_update(skip_locked=True)
             .cte("overdue")
         )
-        return self._end_queued(
-            jobs.c.id.in_(select(overdue.c.id)),
-            JobStatus.EXPIRED,
-            FinishReason.EXPIRED,
-            "deadline_exceeded",
-            "the job's deadline passed before a worker could start it",
+        statement = (
+            update(jobs)
+            .where(jobs.c.id.in_(select(overdue.c.id)), jobs.c.status == JobStatus.QUEUED)
+            .values(
+                status=JobStatus.EXPIRED,
+                finish_reason=FinishReason.EXPIRED,
+                error_code=DeadlineExceeded.code,
+                error_text="the job's deadline passed before a worker could start it",
+                finished_at=func.now(),
+            )
+            .returning(jobs.c.id, jobs.c.model, jobs.c.attempt)
         )
+        with database_errors("expire queued jobs"), self._engine.begin() as db:
+            return db.execute(statement).mappings().all()
 
     def overdue_resumable(self, *, limit: int) -> Sequence[RowMapping]:
         """Return overdue jobs that were handed back: they are ended with what they had made."""
@@ -416,32 +423,6 @@ class Ledger:
         )
         with database_errors(f"end {job_id}"), self._engine.begin() as db:
             return bool(db.execute(statement).rowcount)
-
-    def finish_queued(self, job_id: str, *, error_code: str, error_text: str) -> bool:
-        """End a job no attempt can run (its entry cannot be read) as failed."""
-        return bool(
-            self._end_queued(
-                jobs.c.id == job_id, JobStatus.FAILED, FinishReason.ERROR, error_code, error_text
-            )
-        )
-
-    def _end_queued(
-        self, where: Any, status: JobStatus, reason: FinishReason, code: str, text: str
-    ) -> Sequence[RowMapping]:
-        statement = (
-            update(jobs)
-            .where(where, jobs.c.status == JobStatus.QUEUED)
-            .values(
-                status=status,
-                finish_reason=reason,
-                error_code=code,
-                error_text=text,
-                finished_at=func.now(),
-            )
-            .returning(jobs.c.id, jobs.c.model, jobs.c.attempt)
-        )
-        with database_errors("end queued jobs"), self._engine.begin() as db:
-            return db.execute(statement).mappings().all()
 
     def delete_ended(self, *, before: datetime, limit: int) -> int:
         """Delete jobs that ended before a time, with all that hangs on them."""

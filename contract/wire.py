@@ -54,7 +54,6 @@ class JobStatus(StrEnum):
     QUEUED -> CANCELED            [ledger.request_cancel]  no attempt was made; else end_queued
     QUEUED -> EXPIRED             [ledger.expire_queued]   likewise
     QUEUED -> CANCELED, EXPIRED   [ledger.end_queued]      handed back: ends with its output
-    QUEUED -> FAILED              [ledger.finish_queued]  refused before any attempt could run it
     """
 
     QUEUED = "queued"

@@ -26,7 +26,8 @@ from sqlalchemy import RowMapping
 
 from headrace.contract import wire
 from headrace.contract.errors import InvalidEventId
-from headrace.gateway.job_json import end_of, logprobs_json, output_chunk, terminal_json
+from headrace.contract.specs import end_of
+from headrace.gateway.job_json import logprobs_json, output_chunk, terminal_json
 
 #: Tokens in one event at most; replays are cut, live flushes are far smaller.
 MAX_EVENT_TOKENS = 256

@@ -24,10 +24,11 @@ from headrace.contract import log
 from headrace.contract.errors import InvalidCursor, JobAlreadyEnded, NotFound, QueueUnavailable
 from headrace.contract.ids import is_job_id
 from headrace.contract.ledger import Accepted, Cancel
+from headrace.contract.specs import end_of
 from headrace.contract.wire import JobStatus
 from headrace.gateway.body import read_json_object
 from headrace.gateway.intake import checked_idempotency_key, new_row, request_sha256
-from headrace.gateway.job_json import end_of, job_json
+from headrace.gateway.job_json import job_json
 from headrace.gateway.refusals import validate, validate_query
 from headrace.gateway.schemas import JobRequest, JobsQuery
 from headrace.gateway.services import Services

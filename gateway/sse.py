@@ -20,9 +20,9 @@ from flask import Response, request
 from sqlalchemy import RowMapping
 
 from headrace.contract.errors import InvalidEventId
+from headrace.contract.specs import end_of
 from headrace.contract.wire import JobStatus
 from headrace.gateway.cursor import Event, Resume, StreamCursor, parse_event_id
-from headrace.gateway.job_json import end_of
 from headrace.gateway.jobs import find_job
 from headrace.gateway.metrics import Metrics
 from headrace.gateway.refusals import validate_query

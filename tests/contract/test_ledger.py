@@ -308,18 +308,6 @@ def test_expiry_is_bounded(ledger, in_state):
     assert len(ledger.expire_queued(limit=2)) == 2
 
 
-def test_a_queued_job_that_no_attempt_can_run_fails(ledger, in_state):
-    job = in_state(JobStatus.QUEUED)
-    assert ledger.finish_queued(job, error_code="wire", error_text="cannot be read")
-    kept = ledger.job(job)
-    assert (kept["status"], kept["error_code"], kept["error_text"]) == (
-        "failed",
-        "wire",
-        "cannot be read",
-    )
-    assert not ledger.finish_queued(job, error_code="wire", error_text="again")
-
-
 def test_the_database_itself_refuses_an_ending_without_a_time(engine, in_state):
     job = in_state(JobStatus.QUEUED)
     for status in ("succeeded", "sleeping"):
