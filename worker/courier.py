@@ -212,8 +212,8 @@ class Courier:
         self._schedule_flush(job)
 
     def _schedule_flush(self, job: RunningJob) -> None:
-        soon = 0.0 if job.ending is not None else self._flush_s
-        at = time.monotonic() + soon
+        is_awaited = job.ending is not None or job.num_logged == 0  # an end, or the first tokens
+        at = time.monotonic() + (0.0 if is_awaited else self._flush_s)
         if not self._emitter.is_delayed and (not self._flush_at or at < self._flush_at):
             self._flush_at = at
 
