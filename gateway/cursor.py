@@ -96,6 +96,9 @@ class StreamCursor:
         events = self._follow_log(message.gen)
         if isinstance(message, wire.JobStarted):
             return events + self._take_start(message)
+        if message.attempt > self._attempt_seen > 0 and message.first < self.next:
+            # As in _take_start, whose message may be lost.
+            events += self._start_over("tokens that were sent were lost and are made again")
         self._attempt_seen = max(self._attempt_seen, message.attempt)
         if message.first > self.next:
             self.is_behind = True

@@ -183,6 +183,16 @@ def test_an_attempt_that_goes_on_before_what_was_sent_resets():
     assert cursor.is_behind
 
 
+def test_a_newer_attempt_that_makes_sent_tokens_again_resets_though_its_start_was_lost():
+    cursor = StreamCursor(JOB, Resume())
+    cursor.take(chunk_of(JOB, 0, 5))
+    assert names(cursor.take(chunk_of(JOB, 3, 4, attempt=2))) == ["reset"]
+    assert cursor.is_behind
+    log = [chunk_of(JOB, 0, 3), chunk_of(JOB, 3, 4, attempt=2)]
+    events = [event for chunk in log for event in cursor.take(chunk)]
+    assert [event.data["index"] for event in events] == [0, 3]
+
+
 def test_a_late_start_message_resets_nothing():
     cursor = StreamCursor(JOB, Resume())
     cursor.take(chunk_of(JOB, 0, 5))
