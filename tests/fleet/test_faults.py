@@ -143,11 +143,14 @@ def test_postgres_is_killed_and_started_again(fleet):
 
 def test_pubsub_connections_are_killed(fleet):
     def faults() -> None:
-
         with redis.Redis.from_url(fleet.valkey.url) as client:
-            num_killed = 0
-            while num_killed < 12:  # the gateway's and each worker's, some four times
-                num_killed += client.client_kill_filter(_type="pubsub")
+            killed: list[int] = []
+
+            def kill() -> bool:
+                killed.append(client.client_kill_filter(_type="pubsub"))
+                return sum(killed) >= 12
+
+            wait_for(kill, "the gateway's and each worker's are killed some four times", fleet)
 
     run_jobs(fleet, 16, faults)
 
