@@ -104,21 +104,21 @@ class EngineLink:
         """Return the frames that have come, and whether the engine is still there."""
         if self._socket is None or self._writer is None:
             return [], False
+        notices: list[Notice] = []
         try:
             is_alive = self._reader.receive(self._socket)
-            notices = [n for n in (unpack(*frame) for frame in self._reader.frames())]
+            for frame in self._reader.frames():
+                notice = unpack(*frame)
+                if isinstance(notice, Notice):
+                    notices.append(notice)
+                    self.last_frame_at = time.monotonic()
+                if isinstance(notice, Ready):
+                    self.ready = notice
             if is_alive:
                 self._writer.flush()
         except (FrameError, OSError):
-            return [], False
-        kept: list[Notice] = []
-        for notice in notices:
-            if isinstance(notice, Ready):
-                self.ready = notice
-            if isinstance(notice, Notice):
-                kept.append(notice)
-                self.last_frame_at = time.monotonic()
-        return kept, is_alive
+            return notices, False  # what came before may say why
+        return notices, is_alive
 
     def end(self) -> int | None:
         """Close the socket and end the process, by force when it does not; returns its status."""
