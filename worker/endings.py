@@ -76,6 +76,7 @@ class Endings:
             try:
                 self._end(job)
             finally:
+                self._held.remove(job.job, job.attempt)
                 with self._lock:
                     self._num_open -= 1
 
@@ -99,7 +100,6 @@ class Endings:
         if finish is Finish.STALE:
             self._metrics.stale_writes.labels(at="result").inc()
             log.event("result.refused", job=job.job, worker=self._worker, attempt=job.attempt)
-            self._held.remove(job.job, job.attempt)
             return
         log.event(
             "job.ended",
@@ -120,7 +120,6 @@ class Endings:
             except Unavailable as error:
                 if self._wait(job, error):
                     break
-        self._held.remove(job.job, job.attempt)
 
     def _wait(self, job: RunningJob, error: Unavailable) -> bool:
         """Wait before the next try; True when the worker is stopping and gives up."""
