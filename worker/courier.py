@@ -20,14 +20,12 @@ from __future__ import annotations
 import math
 import os
 import queue
-import selectors
+import select
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from headrace.contract import log
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import EngineRefused, Unavailable
 from headrace.contract.streams import JobStreams
 from headrace.contract.tokens import Append, TokenLog
 from headrace.contract.wire import FinishReason, JobStatus, TokenLogprobs
@@ -134,11 +132,8 @@ class Courier:
         timeout_s = IDLE_S
         if self._flush_at:
             timeout_s = min(IDLE_S, max(0.0, self._flush_at - time.monotonic()))
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_r, selectors.EVENT_READ)
-            if self._link.fileno() >= 0:
-                selector.register(self._link.fileno(), selectors.EVENT_READ)
-            selector.select(timeout_s)
+        engine = [self._link] if self._link.fileno() >= 0 else []
+        select.select([self._wake_r, *engine], [], [], timeout_s)
         try:
             os.read(self._wake_r, 4096)
         except BlockingIOError:
@@ -175,27 +170,29 @@ class Courier:
         if self._room.reported(frame.stats.room_tokens, frame.stats.num_admits_total):
             self._ring()
         logprobs = iter(frame.logprobs)
-        for entry in frame.entries:
-            values = next(logprobs) if entry["num_logprobs"] >= 0 else None
-            job = self._jobs.get(int(entry["seq_id"]))
+        # As tuples: a numpy scalar a field costs more than all else a token does here.
+        for seq_id, token, index, cached_tokens, reason, num_logprobs, _ in frame.entries.tolist():
+            values = next(logprobs) if num_logprobs >= 0 else None
+            job = self._jobs.get(seq_id)
             if job is not None and job.ending is None:
-                self._take(job, entry, values)
+                job.cached_tokens = cached_tokens
+                self._take(job, token, index, Reason(reason), values)
 
     def _take(
         self,
         job: RunningJob,
-        entry: np.void,
-        values: tuple[float, list[tuple[int, float]]] | None,
+        token: int,  # -1 = an end without a token
+        index: int,
+        reason: Reason,
+        values: tuple[float, list[tuple[int, float]]] | None,  # logprobs, where asked for
     ) -> None:
-        reason = Reason(int(entry["reason"]))
-        job.cached_tokens = int(entry["cached_tokens"])
-        if entry["token"] >= 0:
-            if int(entry["index"]) != len(job.ids):
+        if token >= 0:
+            if index != len(job.ids):
                 raise RuntimeError(
-                    f"{job.job}: the engine sent token {entry['index']}, expected {len(job.ids)}"
+                    f"{job.job}: the engine sent token {index}, expected {len(job.ids)}"
                 )
             asked = None if values is None else TokenLogprobs(values[0], tuple(values[1]))
-            job.take(int(entry["token"]), is_last=reason is not Reason.GOING_ON, logprobs=asked)
+            job.take(token, is_last=reason is not Reason.GOING_ON, logprobs=asked)
         match reason:
             case Reason.STOP_TOKEN:
                 job.end(JobStatus.SUCCEEDED, FinishReason.STOP)
@@ -204,7 +201,7 @@ class Courier:
             case Reason.FAILED:
                 failure = self._failures.pop(job.seq_id, None)
                 text = failure.text if failure else "the engine could not run it"
-                code = failure.code if failure else "engine_refused"
+                code = failure.code if failure else EngineRefused.code
                 job.end(JobStatus.FAILED, FinishReason.ERROR, error_code=code, error_text=text)
             case Reason.GOING_ON | Reason.CANCELED:
                 if job.ending is not None:  # a stop string: the engine does not know of it
@@ -230,12 +227,7 @@ class Courier:
             if now_ms < deadline:
                 self._next_deadline_ms = min(self._next_deadline_ms, deadline)
             else:
-                job.end(
-                    JobStatus.EXPIRED,
-                    FinishReason.EXPIRED,
-                    error_code="deadline_exceeded",
-                    error_text=f"the job's deadline passed after {len(job.ids)} tokens",
-                )
+                job.expire(f"the job's deadline passed after {len(job.ids)} tokens")
                 self._link.send(Cancel(job.seq_id))
                 self._schedule_flush(job)
 

@@ -160,12 +160,7 @@ class Intake:
         if fenced.is_canceled or pickup.is_canceled:
             job.end(JobStatus.CANCELED, FinishReason.CANCELED)
         if job.spec.deadline_ms is not None and time.time() * 1000 >= job.spec.deadline_ms:
-            job.end(
-                JobStatus.EXPIRED,
-                FinishReason.EXPIRED,
-                error_code="deadline_exceeded",
-                error_text="the job's deadline passed before it was done",
-            )
+            job.expire("the job's deadline passed before it was done")
         log.event(
             "job.started",
             job=claim.job,

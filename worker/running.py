@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from headrace.contract.errors import DeadlineExceeded
 from headrace.contract.ledger import Ending
 from headrace.contract.streams import Claim
 from headrace.contract.wire import (
@@ -129,10 +130,26 @@ class RunningJob:
         )
         return self.ending
 
-    def chunk(self, since: int | None = None) -> TokenChunk | None:
-        """Return the tokens not yet logged (or all from index `since` on) as one chunk."""
-        first = self.num_logged if since is None else since
-        if first >= len(self.ids):
+    def expire(self, error_text: str) -> None:
+        """End the job because its deadline has passed."""
+        self.end(
+            JobStatus.EXPIRED,
+            FinishReason.EXPIRED,
+            error_code=DeadlineExceeded.code,
+            error_text=error_text,
+        )
+
+    def chunk(self) -> TokenChunk | None:
+        """Return the tokens not yet logged as one chunk; None when there are none."""
+        return self._cut(self.num_logged, len(self.ids))
+
+    def logged_chunk(self) -> TokenChunk | None:
+        """Return everything the log holds as one chunk: what `restore` puts back."""
+        return self._cut(0, self.num_logged)
+
+    def _cut(self, first: int, last: int) -> TokenChunk | None:
+        """Return tokens first to last - 1."""
+        if first >= last:
             return None
         start = self.ends[first - 1] if first else 0
         asked = self.spec.sampling.logprobs is not None
@@ -141,27 +158,10 @@ class RunningJob:
             attempt=self.attempt,
             gen=self.gen,
             first=first,
-            ids=tuple(self.ids[first:]),
-            text="".join(self.pieces[first:]),
-            ends=tuple(end - start for end in self.ends[first:]),
-            logprobs=tuple(self.logprobs[first:]) if asked else None,
-        )
-
-    def logged_chunk(self) -> TokenChunk | None:
-        """Return everything the log held, as one chunk: what `restore` puts back."""
-        whole = self.chunk(since=0)
-        if whole is None or self.num_logged == 0:
-            return None
-        kept = self.num_logged
-        return TokenChunk(
-            job=self.job,
-            attempt=self.attempt,
-            gen=self.gen,
-            first=0,
-            ids=whole.ids[:kept],
-            text=whole.text[: whole.ends[kept - 1]],
-            ends=whole.ends[:kept],
-            logprobs=None if whole.logprobs is None else whole.logprobs[:kept],
+            ids=tuple(self.ids[first:last]),
+            text="".join(self.pieces[first:last]),
+            ends=tuple(end - start for end in self.ends[first:last]),
+            logprobs=tuple(self.logprobs[first:last]) if asked else None,
         )
 
     def end_record(self) -> JobEnd:
