@@ -57,17 +57,21 @@ class EventRoutes:
         check_resume(row, resume)
         if request.method == "HEAD":
             return Response(headers=HEADERS)
-        stream = JobStream(
-            StreamCursor(job_id, resume),
-            model=row["model"],
-            job=job_id,
-            ledger=services.ledger,
-            token_log=services.token_log,
-            follower=services.follower,
-            metrics=services.metrics,
-            heartbeat_s=services.settings.heartbeat_s,
-        )
-        return Response(encoded(stream.events(), services.metrics), headers=HEADERS)
+        cursor = StreamCursor(job_id, resume)
+        if JobStatus(row["status"]).is_terminal:  # all there will ever be is in this row
+            events = iter([cursor.take_row(row)])
+        else:
+            events = JobStream(
+                cursor,
+                model=row["model"],
+                job=job_id,
+                ledger=services.ledger,
+                token_log=services.token_log,
+                follower=services.follower,
+                metrics=services.metrics,
+                heartbeat_s=services.settings.heartbeat_s,
+            ).events()
+        return Response(encoded(events, services.metrics), headers=HEADERS)
 
 
 def check_resume(row: RowMapping, resume: Resume) -> None:
