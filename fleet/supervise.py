@@ -25,14 +25,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from headrace.contract.accounts import Accounts
-from headrace.contract.database import connect
 from headrace.contract.settings import FleetSettings
 from headrace.fleet import programs
 from headrace.fleet.access import Access, read_access, write_access
 from headrace.fleet.client import ApiProblem, Client
 from headrace.fleet.failure import FleetError
 from headrace.fleet.folder import lock_folder
+from headrace.fleet.invocation import accounts_at
 from headrace.fleet.postgres import start_postgres
 from headrace.fleet.program import Program, group_lives
 from headrace.fleet.server import Server, free_port
@@ -173,14 +172,10 @@ class Fleet:
     def _key(self, database_url: str) -> str:
         """Return the key of the last start if it still opens the database, else a new one."""
         kept = read_access(self._folder)
-        engine = connect(database_url, pool_size=1)
-        try:
-            accounts = Accounts(engine)
+        with accounts_at(database_url) as accounts:
             if kept is not None and accounts.authenticate(kept.api_key) is not None:
                 return kept.api_key
             return accounts.create_key(tenant="default", name="headrace up").secret
-        finally:
-            engine.dispose()
 
     def _model(self) -> Path:
         if given := self._environ.get("HEADRACE_MODEL"):
