@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +29,8 @@ from typing import Any
 import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headrace.bench.own_fleet import own_fleet
 
 TOPICS = ("a lighthouse", "a river", "a clockmaker", "an orchard", "a ferry", "a storm", "a violin")
 
@@ -103,30 +103,6 @@ class Api:
         return made / (time.perf_counter() - start)
 
 
-def start_fleet(folder: Path, dtype: str, threads: int) -> tuple[subprocess.Popen[str], Any]:
-    """Start `headrace up`; return the process and what it says of itself."""
-    env = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("HEADRACE_")},
-        "HEADRACE_DATA_DIR": str(folder),
-        "HEADRACE_PORT": "0",
-        "HEADRACE_DTYPE": dtype,
-        "HEADRACE_ENGINE_THREADS": str(threads),
-        "HEADRACE_KV_CACHE_MB": "2048",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "headrace.fleet", "up", "--json"],
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if process.stdout is None:
-        raise RuntimeError("the fleet has no output")
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"the fleet did not start: status {process.wait()}")
-    return process, json.loads(line)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -136,21 +112,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        process, fleet = start_fleet(Path(folder), options.dtype, options.threads)
-        try:
-            reference = Reference(Path(folder) / "models/smollm2-135m-instruct", options.dtype)
-            api = Api(fleet["api_url"], fleet["api_key"], reference.end_ids)
-            best = {"reference": 0.0, "single": 0.0, "concurrent": 0.0}
-            few, many = prompts(2), prompts(options.jobs)
-            for _ in range(options.rounds):
-                best["reference"] = max(best["reference"], reference.run(few, options.tokens))
-                best["single"] = max(best["single"], api.run(few, options.tokens, at_once=1))
-                rate = api.run(many, options.tokens, at_once=options.jobs)
-                best["concurrent"] = max(best["concurrent"], rate)
-        finally:
-            process.terminate()
-            process.wait(60)
+    settings = {
+        "HEADRACE_DTYPE": options.dtype,
+        "HEADRACE_ENGINE_THREADS": str(options.threads),
+        "HEADRACE_KV_CACHE_MB": "2048",
+    }
+    with tempfile.TemporaryDirectory() as folder, own_fleet(Path(folder), **settings) as fleet:
+        reference = Reference(Path(folder) / "models/smollm2-135m-instruct", options.dtype)
+        api = Api(fleet["api_url"], fleet["api_key"], reference.end_ids)
+        best = {"reference": 0.0, "single": 0.0, "concurrent": 0.0}
+        few, many = prompts(2), prompts(options.jobs)
+        for _ in range(options.rounds):
+            best["reference"] = max(best["reference"], reference.run(few, options.tokens))
+            best["single"] = max(best["single"], api.run(few, options.tokens, at_once=1))
+            rate = api.run(many, options.tokens, at_once=options.jobs)
+            best["concurrent"] = max(best["concurrent"], rate)
     for name, rate in best.items():
         print(f"{name:12s} {rate:8.1f} tokens/s  x{rate / best['reference']:.2f}")
     print("ROW", json.dumps({**vars(options), **best, "load": os.getloadavg()}))

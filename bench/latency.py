@@ -10,14 +10,14 @@ the event stream, first token event, end. Prints p50 and p99 of each part, ms.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
+from pathlib import Path
 
 import httpx
+
+from headrace.bench.own_fleet import own_fleet
 
 #: Milliseconds of an engine step: as an 8B model's on a GPU.
 STEP_MS = 5
@@ -47,24 +47,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=200)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("HEADRACE_")}
-        env |= {"HEADRACE_DATA_DIR": folder, "HEADRACE_PORT": "0", "HEADRACE_RUNNER": "stub"}
-        env["HEADRACE_STUB_STEP_MS"] = str(STEP_MS)
-        command = [sys.executable, "-m", "headrace.fleet", "up", "--json"]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line:
-                raise RuntimeError(f"the fleet did not start: status {process.wait()}")
-            fleet = json.loads(line)
-            headers = {"Authorization": f"Bearer {fleet['api_key']}"}
-            with httpx.Client(base_url=fleet["api_url"], headers=headers, timeout=60) as client:
-                one_job(client)
-                found = [one_job(client) for _ in range(options.jobs)]
-        finally:
-            process.terminate()
-            process.wait(60)
+    settings = {"HEADRACE_RUNNER": "stub", "HEADRACE_STUB_STEP_MS": str(STEP_MS)}
+    with tempfile.TemporaryDirectory() as folder, own_fleet(Path(folder), **settings) as fleet:
+        headers = {"Authorization": f"Bearer {fleet['api_key']}"}
+        with httpx.Client(base_url=fleet["api_url"], headers=headers, timeout=60) as client:
+            one_job(client)
+            found = [one_job(client) for _ in range(options.jobs)]
     for name in ("accepted", "first token", "end"):
         values = [moments[name] for moments in found]
         p50, p99 = percentile(values, 0.5), percentile(values, 0.99)
