@@ -14,7 +14,8 @@ Invariants:
    in any batch: a job resumed on another worker draws what it would have drawn.
 2. Noise is strictly between 0 and 1, so both logarithms of the Gumbel transform are finite.
 
-Called by sample.py, and by the CPU engine, which draws noise for the surviving candidates only.
+Called by sample.py and lm_head.py inside their kernels, and by the CPU engine, which draws noise
+for the surviving candidates only.
 """
 
 import torch
@@ -26,6 +27,8 @@ _WORD = 0xFFFFFFFF
 #: Start words of the two key chains: the first digits of pi and e, nothing-up-my-sleeve numbers.
 CHAIN_A = 0x3243F6A8
 CHAIN_B = 0x2B7E1516
+_START_A = tl.constexpr(CHAIN_A)  # pyright: ignore[reportCallIssue]
+_START_B = tl.constexpr(CHAIN_B)  # pyright: ignore[reportCallIssue]
 
 
 def _mix_reference(word: torch.Tensor) -> torch.Tensor:
@@ -83,26 +86,38 @@ def _mix(word) -> tl.tensor:
 
 
 @triton.jit
-def _key(seed, position, start) -> tl.tensor:
-    """Fold one row's seed and position (int64) into one uint32."""
-    key = _mix(seed.to(tl.uint32) ^ start.to(tl.uint32))
-    key = _mix(key + (seed >> 32).to(tl.uint32))
-    key = _mix(key ^ position.to(tl.uint32))
-    return _mix(key + (position >> 32).to(tl.uint32))
+def _key(seed_low, seed_high, position_low, position_high, start: tl.constexpr) -> tl.tensor:
+    """Fold seed and position, each two 32-bit words of any integer type, into one uint32."""
+    key = _mix(seed_low.to(tl.uint32) ^ start)
+    key = _mix(key + seed_high.to(tl.uint32))
+    key = _mix(key ^ position_low.to(tl.uint32))
+    return _mix(key + position_high.to(tl.uint32))
 
 
 @triton.jit
-def noise_at(
-    seed,  # scalar int64
-    position,  # scalar int64
-    token_ids,  # [any] int32
-    start_a,  # CHAIN_A and CHAIN_B, passed by the launcher as scalars
-    start_b,
-) -> tl.tensor:
-    """Return the noise of the given tokens, fp32 in (0, 1); called inside other kernels."""
-    bits = _mix(token_ids.to(tl.uint32) ^ _key(seed, position, start_a))
-    bits = _mix(bits + _key(seed, position, start_b))
+def noise_keys(seed_low, seed_high, position) -> tuple[tl.tensor, tl.tensor]:
+    """Return both key words of some rows: seeds as two int32 words, positions int32, not below 0.
+
+    Scalars or vectors. Kept apart from noise_of, as a row's keys serve all of its tokens.
+    """
+    high = position * 0
+    key_a = _key(seed_low, seed_high, position, high, _START_A)
+    key_b = _key(seed_low, seed_high, position, high, _START_B)
+    return key_a, key_b
+
+
+@triton.jit
+def noise_of(key_a, key_b, token_ids) -> tl.tensor:
+    """Return the noise of tokens under a row's keys, fp32 in (0, 1); shapes broadcast."""
+    bits = _mix(token_ids.to(tl.uint32) ^ key_a)
+    bits = _mix(bits + key_b)
     return ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+
+
+@triton.jit
+def gumbel_of(key_a, key_b, token_ids) -> tl.tensor:
+    """Return what is added to a scaled logit before the largest is taken, fp32, finite."""
+    return -tl.log(-tl.log(noise_of(key_a, key_b, token_ids)))
 
 
 @triton.jit
@@ -110,15 +125,15 @@ def _noise_kernel(
     seeds_ptr,  # in: [num_seqs] int64
     positions_ptr,  # in: [num_seqs] int64
     out_ptr,  # out: [num_seqs, vocab] fp32
-    start_a,
-    start_b,
     vocab,
     BLOCK: tl.constexpr,
 ) -> None:
     seq = tl.program_id(0).to(tl.int64)
     token_ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seed, position = tl.load(seeds_ptr + seq), tl.load(positions_ptr + seq)
-    noise = noise_at(seed, position, token_ids, start_a, start_b)
+    key_a = _key(seed, seed >> 32, position, position >> 32, _START_A)
+    key_b = _key(seed, seed >> 32, position, position >> 32, _START_B)
+    noise = noise_of(key_a, key_b, token_ids)
     tl.store(out_ptr + seq * vocab + token_ids, noise, mask=token_ids < vocab)
 
 
@@ -135,7 +150,7 @@ def noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Ten
     out = torch.empty((seeds.shape[0], vocab), dtype=torch.float32, device=seeds.device)
     if out.numel() > 0:
         grid = (seeds.shape[0], triton.cdiv(vocab, 1024))
-        _noise_kernel[grid](seeds, positions, out, CHAIN_A, CHAIN_B, vocab, BLOCK=1024)
+        _noise_kernel[grid](seeds, positions, out, vocab, BLOCK=1024)
     return out
 
 
