@@ -28,8 +28,8 @@ import transformers
 
 from headrace.worker import frames
 from headrace.worker.engine.architecture import Architecture
-from headrace.worker.engine.batch import build_batch
 from headrace.worker.engine.kv_pool import KVPool
+from headrace.worker.engine.outcome import take_results
 from headrace.worker.engine.runner import CpuRunner
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence
@@ -67,14 +67,13 @@ def generate_ours(
         scheduler.add(seq)
     while scheduler.has_work:
         plan = scheduler.plan()
-        batch = build_batch(plan, BLOCK_SIZE)
-        runner.run(batch)
-        tokens = runner.sample(batch).tokens
-        scheduler.advance(plan)
-        for seq, token in zip(batch.due, tokens, strict=True):
-            seq.append(int(token))
-            if seq.max_tokens_left == 0:
-                scheduler.retire(seq, is_finished=True)
+        assert plan is not None, "a CPU has no values in flight"
+        batch = scheduler.submit(plan)
+        runner.submit(batch)
+        outcome = take_results(batch, runner.collect())
+        scheduler.settle(outcome.sound)
+        for slot, _ in outcome.ended:
+            scheduler.retire(scheduler.table.sequence(slot), is_finished=True)
     return [seq.output.tolist() for seq in seqs], time.perf_counter() - started_s
 
 

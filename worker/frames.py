@@ -13,6 +13,8 @@ Invariants:
  5. A sequence gets exactly one entry whose reason is not `GOING_ON`, and none after it.
 
 Called by: worker/engine/loop.py (the engine's end) and worker/courier (the other).
+
+Size: a wire whose two ends are of one build is read as one text, messages and codec together.
 """
 
 from __future__ import annotations
@@ -95,17 +97,33 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the courier starts an engine with, as the JSON of `--config`."""
 
     model_folder: str  # a transformers folder: config.json and safetensors
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = float32 on a CPU
+    kv_dtype: Literal["auto", "fp8"] = "auto"  # of the KV pool; auto = the model's
+    weights_dtype: Literal["auto", "fp8"] = "auto"  # fp8 = linear layers with 8 bits (W8A8)
+    random_weights: bool = False  # benchmarks: weights from a seed, only config.json is read
     num_threads: int = 0  # of torch on CPU; 0 = torch's own choice
     num_blocks: int | None = None  # of the KV pool; None = as many as kv_bytes hold
-    kv_bytes: int = 1 << 30
+    kv_bytes: int | None = None  # None = what is free on a GPU; on a CPU 1 GiB
+    gpu_memory_fraction: float = 0.92  # of a GPU's memory that the engine may take in all
     block_size: int = 64  # tokens
     max_seq_tokens: int | None = None  # None = what model and pool allow
-    max_num_seqs: int = 64  # running at once
-    max_step_tokens: int = 256  # computed in one step; bounds how long prompts hold decodes up
+    max_num_seqs: int = 0  # running at once; 0 = by device (worker/engine/startup.py: fill_limits)
+    max_step_tokens: int = 0  # computed in one step, which holds decodes up so long; 0 = by device
+    target_step_ms: float | None = None  # prompts are cut to keep it; 0 = off, None = by device
     runner: Literal["model", "stub"] = "model"  # stub: token i is a pure function of (seed, i)
     stub_step_ms: float = 0.0  # how long a step of the stub takes
+    stub_depth: int = 0  # steps of the stub in flight before the oldest is collected
+    stub_lost_steps: int = 0  # steps after which the stub's device is lost; 0 = never
     debug_check: bool = False  # assert the invariants of pool and scheduler each step
+
+
+class StartStage(msgspec.Struct, frozen=True, array_like=True):
+    """A part of an engine's start."""
+
+    name: str
+    seconds: float
+    num_bytes: int  # of the device's memory that it took and kept
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -115,6 +133,9 @@ class Ready(msgspec.Struct, frozen=True):
     vocab_size: int
     dtype: str  # "float32" | "bfloat16"
     load_s: float
+    device: Literal["cpu", "cuda"]  # what `auto` came to
+    max_num_seqs: int  # running at once
+    stages: list[StartStage]  # where the start's seconds and bytes went, in order
 
 
 class Fatal(msgspec.Struct, frozen=True):
@@ -202,9 +223,11 @@ class StepStats(msgspec.Struct):
     total_blocks: int = 0
     cached_blocks: int = 0
     prefill_tokens: int = 0  # prompt tokens computed in this step
-    step_us: int = 0
+    step_us: int = 0  # from its submission, or the end of the step before it, to its results
     predicted_output_tokens: int = 0  # mean of recent outputs; 0 = nothing known yet
     num_admits_total: int = 0  # Admit commands read so far: `room_tokens` accounts for these
+    host_us: int = 0  # the engine's own work since the last frame, without waiting for results
+    num_decodes: int = 0  # sequences that had one token computed in this step
 
 
 @dataclass(slots=True)
@@ -215,7 +238,7 @@ class StepFrame:
     logprobs: list[tuple[float, list[tuple[int, float]]]]
 
 
-_STATS = struct.Struct("<QQQQqIIIIIIIIQI")  # StepStats, then num_entries
+_STATS = struct.Struct("<QQQQqIIIIIIIIQIII")  # StepStats, then num_entries
 
 
 def pack_step(
@@ -271,9 +294,7 @@ class FrameReader:
             while len(self._buffer) - start >= _HEAD.size:
                 length, kind = _HEAD.unpack_from(self._buffer, start)
                 if length > MAX_FRAME_BYTES:
-                    raise FrameError(
-                        f"frame of {length} bytes announced, {MAX_FRAME_BYTES} allowed"
-                    )
+                    raise FrameError(f"frame of {length} bytes announced: max {MAX_FRAME_BYTES}")
                 end = start + _HEAD.size + length
                 if len(self._buffer) < end:
                     break

@@ -5,9 +5,11 @@ Called by: lifecycle (makes and serves them), the courier's threads (write them)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from headrace.worker.frames import StepStats
+from headrace.worker.frames import StartStage, StepStats
 
 
 class Metrics:
@@ -38,6 +40,19 @@ class Metrics:
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
             registry=r,
         )
+        self.host_seconds = Histogram(
+            "headrace_engine_host_seconds",
+            "The engine's own work for a step, without waiting for results.",
+            buckets=(0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+            registry=r,
+        )
+        self.start_seconds = Gauge(
+            "headrace_engine_start_seconds", "Of the last start.", ["stage"], registry=r
+        )
+        self.start_bytes = Gauge(
+            "headrace_engine_start_bytes", "Memory kept by the last start.", ["stage"], registry=r
+        )
+        self.decodes = Gauge("headrace_engine_decodes", "Decoded in the last step.", registry=r)
         self.running = Gauge("headrace_engine_sequences_running", "In the batch.", registry=r)
         self.waiting = Gauge("headrace_engine_sequences_waiting", "Admitted, not run.", registry=r)
         self.free_blocks = Gauge("headrace_engine_kv_blocks_free", "KV blocks free.", registry=r)
@@ -47,9 +62,19 @@ class Metrics:
             "headrace_engine_prefix_hit_tokens", "Prompt tokens found in the cache.", registry=r
         )
 
+    def started(self, stages: Sequence[StartStage]) -> None:
+        """Take over the stages of an engine's start; those of the one before are gone."""
+        self.start_seconds.clear()
+        self.start_bytes.clear()
+        for stage in stages:
+            self.start_seconds.labels(stage.name).set(stage.seconds)
+            self.start_bytes.labels(stage.name).set(stage.num_bytes)
+
     def step(self, stats: StepStats) -> None:
         """Take over the figures of one engine step."""
         self.step_seconds.observe(stats.step_us / 1e6)
+        self.host_seconds.observe(stats.host_us / 1e6)
+        self.decodes.set(stats.num_decodes)
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.free_blocks.set(stats.free_blocks)

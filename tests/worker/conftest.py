@@ -61,8 +61,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.ledger, self.streams = Ledger(self.engine), JobStreams(self.client)
         self.tokens, self.held, self.metrics = TokenLog(self.client), Held(), Metrics()
-        self.room = Room(max_num_seqs=8)
-        self.room.opened(10_000, 100)
+        self.room = Room()
+        self.room.opened(10_000, 100, max_num_seqs=8)
         self.key = Accounts(self.engine).create_key(tenant="t", name="n")
         self.intake = Intake(
             model=MODEL,

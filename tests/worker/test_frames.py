@@ -4,6 +4,7 @@ import itertools
 import socket
 import struct
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,7 +56,8 @@ def test_invariants_2_and_3_a_full_socket_keeps_frames_back_in_order():
 
 
 def test_invariant_4_a_step_comes_back_with_every_field():
-    stats = frames.StepStats(*range(1, 14))
+    stats = frames.StepStats(*range(1, 17))
+    assert len(msgspec.structs.fields(stats)) == 16
     stats.room_tokens = -5
     entries = make_entries(
         (2**63, 7, 0, 0, -1), (5, -1, 9, 3, -1), (6, 8, 1, 2, 2), (7, 1, 0, 0, 0)
@@ -89,8 +91,9 @@ def test_commands_and_notices_come_back_equal():
         frames.Cancel(1),
         frames.Stop(),
     ]
+    stage = frames.StartStage("weights", 0.25, 1 << 34)
     notices = [
-        frames.Ready(8, 64, 512, 100, "float32", 0.5),
+        frames.Ready(8, 64, 512, 100, "float32", 0.5, "cuda", 32, [stage]),
         frames.Fatal("out_of_memory", "text"),
         frames.Failure(1, "never_fits", "text"),
     ]

@@ -33,26 +33,36 @@ class LengthHistory:
 
     def __init__(self) -> None:
         self._lengths: deque[int] = deque(maxlen=HISTORY)
+        self._is_stale = False  # the arrays below are of earlier lengths
         self._sorted = np.empty(0, np.int64)
         self._mean_from = np.empty(0)  # mean of the sorted lengths from each on
 
     def add(self, num_output: int) -> None:
         """Remember the length of an output that ended by itself or by its limit."""
         self._lengths.append(num_output)
-        self._sorted = np.sort(np.fromiter(self._lengths, np.int64, len(self._lengths)))
-        sums = np.cumsum(self._sorted[::-1])[::-1]
-        self._mean_from = sums / np.arange(len(sums), 0, -1)
+        self._is_stale = True
 
     @property
     def mean(self) -> float | None:
+        self._refresh()
         return float(self._mean_from[0]) if len(self._mean_from) else None
+
+    def _refresh(self) -> None:
+        """Sort once for all outputs that ended since: a batch may end in one step."""
+        if not self._is_stale:
+            return
+        self._is_stale = False
+        self._sorted = np.sort(np.fromiter(self._lengths, np.int64, len(self._lengths)))
+        sums = np.cumsum(self._sorted[::-1])[::-1]
+        self._mean_from = sums / np.arange(len(sums), 0, -1)
 
     def predict_remaining(
         self,
         num_output: np.ndarray,  # [num_seqs] tokens made so far
         max_left: np.ndarray,  # [num_seqs] tokens still allowed
-    ) -> np.ndarray:  # [num_seqs] tokens still expected, 1 or more
+    ) -> np.ndarray:  # [num_seqs] tokens still expected; 1 or more where any are allowed
         """Return the conditional mean of what is left, capped by what is allowed."""
+        self._refresh()
         longer = np.searchsorted(self._sorted, num_output, side="right")
         is_known = longer < len(self._sorted)
         if not is_known.any():
@@ -70,7 +80,7 @@ def predict_peak_tokens(
     """Return the largest number of pool tokens held at once."""
     if not len(contexts):
         return 0
-    order = np.argsort(-remaining, kind="stable")
+    order = np.argsort(-remaining)  # among equals any order gives the same maximum
     contexts, remaining = contexts[order], remaining[order]
     alive = np.arange(1, len(contexts) + 1)
     # Each may stand anywhere within its last block: a whole one less a token is the most it wastes.

@@ -1,66 +1,115 @@
-"""The numbers of one step, laid out flat: what a plan is to the model.
+"""One step as it is planned, and as the runner is told of it: decodes, chunks, what has changed.
 
-Rows are the planned tokens of all sequences one after another, decodes first. Row r of sequence s
-is at position num_computed(s) + its offset in the chunk, and its keys and values go to slot =
-table[position // block_size] * block_size + position % block_size.
+Decodes are slots whose last known token is to be computed; its value may not have come to the host
+yet, the device has it. Chunks are runs of known tokens. A device runner keeps tables by slot and is
+sent only what is new: who got a slot, and which blocks. A CPU runner reads everything from the
+SlotTable (flat.py).
+
+A decode's token is the last known one of its slot: the one sampled for it last, or the last of
+those it started with (a prefix hit or a chunk may leave just one).
 
 Invariants:
- 1. Slots of a batch are all different: no two rows write the same place.
- 2. The last row of a chunk is at position context_len - 1.
- 3. `due` are the sequences whose last known token is in this batch, `due_rows` its rows.
+ 1. A slot stands at most once among decodes and chunks.
+ 2. `due_slots` are all decodes and then the chunks that end with the last known token, in order.
+ 3. Applied in order, `new_blocks` of all batches give a runner the tables of the SlotTable;
+    `started` come before their blocks and mean that the slot's state of before is void.
+ 4. Batches are built in the order in which they are submitted.
 
-Called by: loop.py (build), runner.py (readers).
+Called by: scheduler.py (plan, build), runners (readers), outcome.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from headrace.worker.engine.scheduler import Plan
 from headrace.worker.engine.sequence import Sequence
+from headrace.worker.engine.slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Known tokens of one sequence, computed in one step."""
+
+    seq: Sequence
+    slot: int
+    start: int  # position of the first
+    num_tokens: int
+    is_due: bool  # the last one is the last known token: the next one is sampled from it
+
+
+@dataclass(slots=True)
+class Plan:
+    """Tokens to compute in this step, each slot once."""
+
+    decodes: np.ndarray  # [num_decodes] int32 slots
+    max_prefill_tokens: int
+    chunks: list[Chunk] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + self.num_prefill_tokens
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        if seq.num_pending == 1:
+            self.decodes = np.append(self.decodes, np.int32(seq.slot))
+        else:
+            is_due = num_tokens == seq.num_pending
+            self.chunks.append(Chunk(seq, seq.slot, seq.num_computed, num_tokens, is_due))
+            self.num_prefill_tokens += num_tokens
+
+    def drop(self, slot: int) -> None:
+        """Take a slot out whose sequence is being preempted."""
+        self.decodes = self.decodes[self.decodes != slot]
+        self.chunks = [chunk for chunk in self.chunks if chunk.slot != slot]
+        self.num_prefill_tokens = sum(chunk.num_tokens for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Arrays of one step; int32, -1 = unused table entry."""
+    """One step; arrays are int32 and the runner's to keep."""
 
-    num_decodes: int  # leading sequences with one row each
-    tokens: np.ndarray  # [num_tokens]
-    positions: np.ndarray  # [num_tokens]
-    slots: np.ndarray  # [num_tokens]
-    cu_q_lens: np.ndarray  # [num_seqs + 1] running sum of rows a sequence, from 0
-    context_lens: np.ndarray  # [num_seqs] tokens in the pool once this step is computed
-    block_tables: np.ndarray  # [num_seqs, max_blocks]
-    due: list[Sequence]  # get their next token from this step
-    due_rows: np.ndarray  # [num_due] row of each one's last token
+    table: SlotTable
+    decode_slots: np.ndarray  # [num_decodes]
+    decode_positions: np.ndarray  # [num_decodes] index of the row's token in its sequence
+    chunks: list[Chunk]
+    started: list[Sequence]  # got a slot since the last batch
+    new_blocks: np.ndarray  # [num_new, 3] slot, index in its table, block; those of started too
+    due_slots: np.ndarray  # [num_due] get their next token from this step
+    due_epochs: np.ndarray  # [num_due] int64, of the slots when this was built
+    context_tokens: int  # read from the cache by all rows' sequences
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self.decode_slots)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
 
-def build_batch(plan: Plan, block_size: int) -> Batch:
-    """Lay a plan out flat."""
-    planned = list(plan)
-    q_lens = np.array([num_tokens for _, num_tokens in planned], np.int32)
-    starts = np.array([seq.num_computed for seq, _ in planned], np.int32)
-    cu_q_lens = np.concatenate(([0], np.cumsum(q_lens))).astype(np.int32)
-    max_blocks = max(len(seq.table) for seq, _ in planned)
-    block_tables = np.full((len(planned), max_blocks), -1, np.int32)
-    for row, (seq, _) in enumerate(planned):
-        block_tables[row, : len(seq.table)] = seq.table
-    seq_of_row = np.repeat(np.arange(len(planned)), q_lens)
-    offsets = np.arange(cu_q_lens[-1], dtype=np.int32) - cu_q_lens[seq_of_row]
-    positions = starts[seq_of_row] + offsets
-    blocks = block_tables[seq_of_row, positions // block_size]
-    chunks = [seq.tokens[seq.num_computed : seq.num_computed + n] for seq, n in planned]
-    is_due = [seq.num_pending == num_tokens for seq, num_tokens in planned]
+def build_batch(
+    table: SlotTable,
+    decode_slots: np.ndarray,  # [num_decodes] int32
+    chunks: list[Chunk],
+    started: list[Sequence],
+) -> Batch:
+    """Lay a plan out, and take what is new in the table with it."""
+    positions = table.num_computed[decode_slots]
+    due_chunks = [chunk.slot for chunk in chunks if chunk.is_due]
+    due_slots = np.concatenate((decode_slots, np.array(due_chunks, np.int32)))
     return Batch(
-        num_decodes=len(plan.decodes),
-        tokens=np.concatenate(chunks),
-        positions=positions,
-        slots=blocks * block_size + positions % block_size,
-        cu_q_lens=cu_q_lens,
-        context_lens=starts + q_lens,
-        block_tables=block_tables,
-        due=[seq for (seq, _), due in zip(planned, is_due, strict=True) if due],
-        due_rows=cu_q_lens[1:][np.array(is_due)] - 1,
+        table=table,
+        decode_slots=decode_slots,
+        decode_positions=positions,
+        chunks=chunks,
+        started=started,
+        new_blocks=table.take_new_blocks(),
+        due_slots=due_slots,
+        due_epochs=table.epoch[due_slots],
+        context_tokens=int(positions.sum())
+        + len(positions)
+        + sum(chunk.start + chunk.num_tokens for chunk in chunks),
     )

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from headrace.worker.engine.batch import Batch
+from headrace.worker.engine.flat import FlatBatch
 from headrace.worker.engine.weights import Weights
 
 #: rows that oneDNN lays weights out for. Against F.linear on an EPYC with AVX-512 BF16, one thread,
@@ -58,7 +58,7 @@ class CpuStep:
     @classmethod
     def build(
         cls,
-        batch: Batch,
+        batch: FlatBatch,
         cos: torch.Tensor,  # [max_positions, head_dim] as `rope_tables` makes them
         sin: torch.Tensor,
         windows: frozenset[int | None],
@@ -204,7 +204,7 @@ def paged_attention(
 
 
 def _groups(
-    batch: Batch, window: int | None, block_size: int, heads_per_kv: int, dtype: torch.dtype
+    batch: FlatBatch, window: int | None, block_size: int, heads_per_kv: int, dtype: torch.dtype
 ) -> list[_Group]:
     """Split a batch into groups: one-row sequences by power of two of blocks, each chunk alone."""
     q_lens = np.diff(batch.cu_q_lens)

@@ -3,14 +3,18 @@
     python -m headrace.worker.engine.loop --fd N --config JSON
 
 N is an inherited socket whose other end is the courier's; JSON is a frames.EngineConfig. No socket
-is opened here and no text is read. `Engine.step` is the whole life of a token.
+is opened here and no text is read. `Engine.step` is the whole life of a token: steps are submitted
+ahead of their results, as many as the runner's depth, and each has one frame when it is collected.
 
 Invariants:
- 1. Every admitted sequence gets its tokens in order and one end, unless the courier says Stop.
+ 1. Every admitted sequence gets its tokens in order and one end, unless the courier says Stop; rows
+    in flight behind its end are dropped.
  2. A failure of one sequence ends that one. An unexpected exception is sent as Fatal and ends the
     process with 1.
  3. The process waits only where there is nothing to do: no work, or a courier that does not read.
- 4. It ends at the next step when the courier is gone, and is killed with its parent (Linux).
+ 4. It ends at the next step when the courier is gone, and is killed with its parent (Linux). Steps
+    in flight then are waited for and told to nobody.
+ 5. At most depth + 1 steps are in flight, and results are collected in order of submission.
 
 Called by: worker/engine_link.py, which starts it as a process.
 """
@@ -26,19 +30,23 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import torch
 
 from headrace.worker import frames
 from headrace.worker.engine import sampling
 from headrace.worker.engine.architecture import UnsupportedModel
-from headrace.worker.engine.batch import build_batch
+from headrace.worker.engine.batch import Batch
 from headrace.worker.engine.kv_pool import KVPool
-from headrace.worker.engine.runner import Runner, build_runner
-from headrace.worker.engine.sampling import Sampled
-from headrace.worker.engine.scheduler import Plan, Scheduler
+from headrace.worker.engine.outcome import Outcome, end_entries, take_results
+from headrace.worker.engine.runner import DeviceLost, Runner, build_runner, resolve_config
+from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence, SequenceError, check_asked
+from headrace.worker.engine.startup import StartupLedger, fill_limits
 from headrace.worker.frames import Admit, Cancel, EngineConfig, Reason, Stop
 
 #: seconds given to the courier to read the last frames of an engine that ends.
@@ -52,6 +60,14 @@ class CourierGone(Exception):
     """The other end is closed: what is computed here has no reader."""
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step submitted and not collected."""
+
+    batch: Batch
+    submitted_ns: int
+
+
 class Engine:
     """One model, one pool, one loop."""
 
@@ -59,7 +75,14 @@ class Engine:
         pool = KVPool(runner.num_blocks, runner.block_size)
         limit = min(runner.max_positions, pool.num_tokens)
         self.max_seq_tokens = min(config.max_seq_tokens or limit, limit)
-        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_step_tokens)
+        config = fill_limits(config)
+        self.scheduler = Scheduler(
+            pool,
+            config.max_num_seqs,
+            config.max_step_tokens,
+            self.max_seq_tokens,
+            (config.target_step_ms or 0.0) / 1e3,
+        )
         self._runner = runner
         self._debug_check = config.debug_check
         self._sock = sock
@@ -67,47 +90,85 @@ class Engine:
         self._writer = frames.FrameWriter(sock)
         self._is_stopped = False
         self._num_admitted = 0
-        self._num_steps = 0
+        self._num_frames = 0
+        self._in_flight: deque[Flight] = deque()
+        self._last_collected_ns = 0
+        self._host_since_ns = 0  # when the work for the next frame began; moved on by each wait
+        self._host_left_ns = 0  # worked for the next frame in the steps before
         self._ends: list[tuple[Sequence, Reason]] = []  # without a token, for the next frame
 
     def run(self) -> None:
         """Step until the courier says Stop; raise CourierGone when it is no more."""
-        while not self._is_stopped:
-            self.receive()
-            if self._has_work:
-                self.step()
+        try:
+            while not self._is_stopped:
+                self.receive()
+                if self.has_work:
+                    self.step()
+        except (CourierGone, ConnectionError):
+            self._abandon_flights()
+            raise
+        self._abandon_flights()
         self._writer.drain(LAST_WORDS_S)
 
     @property
-    def _has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._ends)
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._ends) or bool(self._in_flight)
 
     def step(self) -> None:
-        """Compute one step of everything, and tell of it."""
-        started_ns = time.monotonic_ns()
+        """Submit one step of everything, and tell of those that have come back."""
+        self._host_since_ns = time.monotonic_ns() - self._host_left_ns
+        batch = self._plan()
+        if batch is not None:
+            self._runner.submit(batch)
+            self._in_flight.append(Flight(batch, time.monotonic_ns()))
+            while len(self._in_flight) > self._runner.depth or self._is_result_there():
+                self._collect()
+        elif self._in_flight:
+            self._collect()
+        elif self._ends:
+            self._emit(None, None)
+        self._host_left_ns = time.monotonic_ns() - self._host_since_ns
+
+    def _plan(self) -> Batch | None:
+        """Return the next step, or None when there is nothing to compute before more results."""
         plan = self.scheduler.plan()
+        if plan is None:
+            while self._in_flight:
+                self._collect()
+            plan = self.scheduler.plan()
+            assert plan is not None, "nothing is in flight any more"
         if self._debug_check:
             self.scheduler.check(plan)
-        due, sampled = self._compute(plan)
-        reasons = [self._extend(seq, sampled, row) for row, seq in enumerate(due)]
-        for seq, reason in zip(due, reasons, strict=True):
-            self._retire(seq, reason)
-        self._emit(plan, due, reasons, sampled, started_ns)
+        return self.scheduler.submit(plan) if plan.num_tokens else None
 
-    def _compute(self, plan: Plan) -> tuple[list[Sequence], Sampled]:
-        """Return the sequences that get a token from this step, and their tokens."""
-        if not plan.num_tokens:  # there are only ends to tell of
-            return [], Sampled(np.empty(0, np.int64), np.empty(0, bool))
-        batch = build_batch(plan, self._runner.block_size)
-        self._runner.run(batch)
-        sampled = self._runner.sample(batch)
-        self.scheduler.advance(plan)
-        return batch.due, sampled
+    def _is_result_there(self) -> bool:
+        return bool(self._in_flight) and self._runner.is_ready()
+
+    def _collect(self) -> None:
+        """Take the oldest step's results: values, ends, one frame."""
+        flight, asked_ns = self._in_flight.popleft(), time.monotonic_ns()
+        sampled = self._runner.collect()
+        came_ns = time.monotonic_ns()
+        self._host_since_ns += came_ns - asked_ns
+        outcome = take_results(flight.batch, sampled)
+        self.scheduler.settle(outcome.sound)
+        for slot, reason in outcome.ended:
+            self._retire(self.scheduler.table.sequence(slot), reason)
+        step_ns = came_ns - max(flight.submitted_ns, self._last_collected_ns)
+        self._last_collected_ns = came_ns
+        self.scheduler.learn(flight.batch, step_ns / 1e9)
+        self._emit(flight.batch, outcome, step_ns)
+
+    def _abandon_flights(self) -> None:
+        """Let the runner come to rest: what it computes has no reader."""
+        while self._in_flight:
+            self._in_flight.popleft()
+            self._runner.collect()
 
     def receive(self) -> None:
         """Take the courier's commands; wait for one only if there is nothing else to do."""
         while True:
-            must_wait = self._writer.is_full or not self._has_work
+            must_wait = self._writer.is_full or not self.has_work
             wants_write = [self._sock] if self._writer.backlog_bytes else []
             select.select([self._sock], wants_write, [], None if must_wait else 0)
             self._writer.flush()
@@ -115,7 +176,7 @@ class Engine:
                 raise CourierGone
             for kind, payload in self._reader.frames():
                 self._obey(frames.unpack(kind, payload))
-            if self._is_stopped or (self._has_work and not self._writer.is_full):
+            if self._is_stopped or (self.has_work and not self._writer.is_full):
                 return
 
     def _obey(self, command: object) -> None:
@@ -153,13 +214,6 @@ class Engine:
         self._writer.send(frames.pack_notice(notice))
         self._ends.append((_no_tokens(asked), Reason.FAILED))
 
-    def _extend(self, seq: Sequence, sampled: Sampled, row: int) -> Reason:
-        """Give a sequence its next token, and say whether that ends it."""
-        if not sampled.is_finite[row]:
-            return Reason.FAILED
-        seq.append(int(sampled.tokens[row]))
-        return seq.ending()
-
     def _retire(self, seq: Sequence, reason: Reason) -> None:
         """Forget a sequence that ended."""
         if reason is Reason.FAILED:
@@ -173,67 +227,46 @@ class Engine:
         elif reason is not Reason.GOING_ON:
             self.scheduler.retire(seq, is_finished=True)
 
-    def _emit(
-        self,
-        plan: Plan,
-        due: list[Sequence],
-        reasons: list[Reason],
-        sampled: Sampled,
-        started_ns: int,
-    ) -> None:
-        """Send one frame with the step's tokens, and with the ends that came without one."""
-        rows = [
-            _entry(seq, reason, sampled, row)
-            for row, (seq, reason) in enumerate(zip(due, reasons, strict=True))
-        ]
-        rows += [_entry(seq, reason) for seq, reason in self._ends]
-        self._ends = []
-        logprobs = [
-            sampled.logprobs[row]
-            for row in sorted(sampled.logprobs)
-            if reasons[row] != Reason.FAILED
-        ]
-        entries = np.array(rows, frames.ENTRY)
-        self._writer.send(frames.pack_step(self._stats(plan, started_ns), entries, logprobs))
+    def _emit(self, batch: Batch | None, outcome: Outcome | None, step_ns: int = 0) -> None:
+        """Send one frame with a step's tokens, and with the ends that came without one."""
+        entries = np.empty(0, frames.ENTRY) if outcome is None else outcome.entries
+        logprobs = [] if outcome is None else outcome.logprobs
+        if self._ends:
+            entries = np.concatenate((entries, end_entries(self._ends)))
+            self._ends = []
+        stats = self._stats(batch, step_ns)
+        self._writer.send(frames.pack_step(stats, entries, logprobs))
 
-    def _stats(self, plan: Plan, started_ns: int) -> frames.StepStats:
-        scheduler, pool, now_ns = self.scheduler, self.scheduler.pool, time.monotonic_ns()
-        self._num_steps += 1
+    def _stats(self, batch: Batch | None, step_ns: int) -> frames.StepStats:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        room_tokens = scheduler.room_tokens()
+        self._num_frames += 1
+        now_ns = time.monotonic_ns()
+        host_ns, self._host_since_ns = now_ns - self._host_since_ns, now_ns
         return frames.StepStats(
-            step=self._num_steps,
+            step=self._num_frames,
             time_ns=now_ns,
             num_preempted_total=scheduler.num_preempted_total,
             prefix_hit_tokens_total=scheduler.prefix_hit_tokens_total,
-            room_tokens=scheduler.room_tokens(),
+            room_tokens=room_tokens,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             free_blocks=pool.num_free,
             total_blocks=pool.num_blocks,
             cached_blocks=pool.num_cached,
-            prefill_tokens=plan.num_prefill_tokens,
-            step_us=(now_ns - started_ns) // 1000,
+            prefill_tokens=batch.num_prefill_tokens if batch is not None else 0,
+            step_us=step_ns // 1000,
             predicted_output_tokens=round(scheduler.lengths.mean or 0),
             num_admits_total=self._num_admitted,
+            host_us=host_ns // 1000,
+            num_decodes=batch.num_decodes if batch is not None else 0,
         )
-
-
-def _entry(
-    seq: Sequence, reason: Reason, sampled: Sampled | None = None, row: int = -1
-) -> tuple[int, int, int, int, int, int, int]:
-    """Lay out one frames.ENTRY; a token was appended if the row was sampled and did not fail."""
-    has_token = sampled is not None and reason is not Reason.FAILED
-    token = int(seq.tokens[seq.num_known - 1]) if has_token else -1
-    num_logprobs = -1
-    if sampled is not None and has_token and row in sampled.logprobs:
-        num_logprobs = len(sampled.logprobs[row][1])
-    index = seq.num_output - has_token
-    return seq.asked.seq_id, token, index, seq.cached_tokens, int(reason), num_logprobs, 0
 
 
 def _no_tokens(asked: Admit) -> Sequence:
     """Stand for a sequence that was refused before its tokens were looked at."""
     num_output = len(asked.output) // 4
-    return Sequence(asked, 0, np.empty(0, np.int32), num_prompt=0, num_known=num_output)
+    return Sequence(asked, 0, np.empty(0, np.int32), 0, num_output)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -247,10 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
     with socket.socket(fileno=options.fd) as sock:
         try:
             _serve(sock, options.config)
-        except CourierGone:
+        except (CourierGone, ConnectionError):  # the second while we were writing
             return 0
-        except ConnectionError:
-            return 0  # the courier went while we were writing: the same
         except Exception as error:  # noqa: BLE001 (outermost loop: it is told, and the process ends)
             _send_last_words(sock, error)
             return 1
@@ -259,9 +290,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(sock: socket.socket, config_json: str) -> None:
     started_s = time.monotonic()
-    config = msgspec.json.decode(config_json, type=EngineConfig)
-    runner = build_runner(config)
+    ledger = StartupLedger()
+    ledger.note_imports()
+    config = resolve_config(msgspec.json.decode(config_json, type=EngineConfig))
+    runner = build_runner(config, ledger)
     engine = Engine(runner, config, sock)
+    print("\n".join(ledger.lines()), file=sys.stderr, flush=True)
     # What is loaded lives as long as the process; the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
@@ -272,6 +306,9 @@ def _serve(sock: socket.socket, config_json: str) -> None:
         vocab_size=runner.vocab_size,
         dtype=runner.dtype_name,
         load_s=time.monotonic() - started_s,
+        device="cuda" if config.device == "cuda" else "cpu",
+        max_num_seqs=config.max_num_seqs,
+        stages=ledger.entries,
     )
     sock.sendall(frames.pack_notice(ready))
     engine.run()
@@ -281,6 +318,9 @@ def _send_last_words(sock: socket.socket, error: Exception) -> None:
     codes = {
         UnsupportedModel: "unsupported_model",
         MemoryError: "out_of_memory",
+        torch.OutOfMemoryError: "out_of_memory",
+        DeviceLost: "device_lost",
+        torch.AcceleratorError: "device_lost",
         frames.FrameError: "bad_frame",
         msgspec.ValidationError: "bad_config",
         msgspec.DecodeError: "bad_config",
@@ -288,10 +328,8 @@ def _send_last_words(sock: socket.socket, error: Exception) -> None:
     }
     code = codes.get(type(error), "engine_failed")
     text = str(error) or type(error).__name__
-    if code == "engine_failed":
-        sys.excepthook(
-            type(error), error, error.__traceback__
-        )  # for the worker's log, not the wire
+    if code == "engine_failed":  # for the worker's log, not the wire
+        sys.excepthook(type(error), error, error.__traceback__)
     writer = frames.FrameWriter(sock)
     try:
         writer.send(frames.pack_notice(frames.Fatal(code, text)))

@@ -32,11 +32,14 @@ def extend_names(
     salt: bytes,
 ) -> None:
     """Append the names of all full blocks of `tokens` that have none yet."""
-    while (len(names) + 1) * block_size <= len(tokens):
-        start = len(names) * block_size
-        before = names[-1] if names else blake2b(salt, digest_size=NAME_BYTES).digest()
-        block = tokens[start : start + block_size].astype("<i4").tobytes()
-        names.append(blake2b(before + block, digest_size=NAME_BYTES).digest())
+    num_full = len(tokens) // block_size
+    if len(names) >= num_full:
+        return
+    before = names[-1] if names else blake2b(salt, digest_size=NAME_BYTES).digest()
+    for start in range(len(names) * block_size, num_full * block_size, block_size):
+        block = tokens[start : start + block_size].astype("<i4", copy=False).tobytes()
+        before = blake2b(before + block, digest_size=NAME_BYTES).digest()
+        names.append(before)
 
 
 class PrefixIndex:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from headrace.kernels.noise import noise_at_reference
-from headrace.kernels.penalise import penalise_reference
+from headrace.kernels.penalise import MAX_BIAS, penalise_reference
 from headrace.kernels.sample import threshold_reference
 from headrace.worker.engine.sequence import Sequence, SequenceError
 from headrace.worker.frames import SamplingParams
@@ -43,10 +43,11 @@ NUM_LEADERS = 256
 
 @dataclass(slots=True)
 class Sampled:
-    """Results of one step, row by row of `Batch.due`."""
+    """Results of one step, row by row of `Batch.due_slots`."""
 
-    tokens: np.ndarray  # [num_due] int64
+    tokens: np.ndarray  # [num_due] int
     is_finite: np.ndarray  # [num_due] bool; where False the token means nothing
+    is_stop: np.ndarray  # [num_due] bool: the token is one of its sequence's stop ids
     #: row -> (the chosen token's logprob, ids, their logprobs), for rows that asked
     logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -69,6 +70,10 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
             raise _bad(f"{name} is {value}; it must be finite and from {low} to {high}")
     if params.logprobs is not None and not 0 <= params.logprobs <= min(MAX_LOGPROBS, vocab_size):
         raise _bad(f"logprobs is {params.logprobs}; it must be from 0 to {MAX_LOGPROBS}")
+    if len(params.logit_bias) > MAX_BIAS:
+        raise _bad(
+            f"logit_bias has {len(params.logit_bias)} tokens; at most {MAX_BIAS} may have one"
+        )
     for token, bias in params.logit_bias.items():
         if not 0 <= token < vocab_size or not math.isfinite(bias):
             raise _bad(
@@ -95,7 +100,9 @@ def sample(
     is_finite = torch.isfinite(best)
     if drawn := [r for r, params in enumerate(asked) if params.temperature > 0 and is_finite[r]]:
         tokens[drawn] = _draw(logits[drawn], [due[row] for row in drawn])
-    sampled = Sampled(tokens.numpy(), is_finite.numpy())
+    chosen = zip(tokens.tolist(), due, strict=True)
+    is_stop = np.array([token in seq.asked.stop_token_ids for token, seq in chosen], bool)
+    sampled = Sampled(tokens.numpy(), is_finite.numpy(), is_stop)
     for row, row_logits in raw.items():
         if is_finite[row]:
             k = asked[row].logprobs or 0
@@ -112,7 +119,7 @@ def has_penalties(params: SamplingParams) -> bool:
 def _penalise(logits: torch.Tensor, seq: Sequence) -> None:
     """Apply a sequence's penalties to its row: [vocab] fp32; only tokens it holds can change."""
     params = seq.asked.params
-    ids, places = np.unique(seq.tokens[: seq.num_known], return_inverse=True)
+    ids, places = np.unique(seq.tokens[: seq.num_received], return_inverse=True)
     counts = np.bincount(places[seq.num_prompt :], minlength=len(ids)).astype(np.int32)
     in_prompt = np.bincount(places[: seq.num_prompt], minlength=len(ids)) > 0
     held = torch.from_numpy(ids).long()

@@ -3,22 +3,34 @@
 There is no prefill and no decode here, only computed tokens that catch up with known ones. A step
 has a budget of tokens. Sequences with one pending token (decodes) are served first, so that a long
 prompt never holds a stream up for more than one step; what is left of the budget goes to pending
-prompts in chunks, and then to sequences that wait. A waiting sequence is run when the predicted
-peak (admission.py) of all that run, with it, fits the pool. Where blocks run out all the same, one
-sequence gives up its blocks and waits again: batch class first, then the youngest. Its tokens are
-kept and recomputed, mostly from the prefix cache.
+prompts in chunks, and then to sequences that wait. While interactive sequences decode, the chunks
+of a step are no longer than what keeps it under the target time (cost.py). A waiting sequence is
+run when the predicted peak (forecast.py) of all that run, with it, fits the pool. Where blocks run
+out all the same, one sequence gives up its blocks and waits again: batch class first, then the
+youngest. Its tokens are kept and recomputed, mostly from the prefix cache.
 
 Order: interactive before batch, within a class by arrival. A waiting interactive sequence that does
 not fit makes running batch ones wait again; a class is never overtaken from behind.
 
+Counters move when a step is submitted (`submit`), values come later (outcome.py, then `settle`).
+So steps are planned ahead of their results: a decode's next token exists though nobody has seen it.
+Two things wait for values. Before anything is preempted `plan` says None, and all in flight is
+collected: one of the values may be an end that makes room, and others would be made twice. And a
+block gets its name when its values have come.
+
+What is planned in a step costs no Python loop over the running sequences: only over those that
+start, end, need a block or are in prefill.
+
 Invariants, asserted by `check()`:
- 1. Every sequence is in exactly one of: running, waiting interactive, waiting batch.
+ 1. Every sequence is in exactly one of: running with a slot, waiting interactive, waiting batch.
  2. A waiting queue is in order of arrival, and holds sequences of its class without blocks.
- 3. A plan has each sequence once, at most `max_step_tokens` tokens, decodes before chunks, and
-    blocks for all it computes.
- 4. While there is any sequence, a plan is not empty: the oldest one can always go on, since each
-    fits the pool alone (`add` refuses what does not) and may take the blocks of the others.
+ 3. A plan has each slot once, at most `max_step_tokens` tokens, and blocks for all it computes.
+ 4. While there is any sequence and no value in flight, a plan is not empty: the oldest one can
+    always go on, since each fits the pool alone (`add` refuses what does not) and may take the
+    blocks of the others.
  5. Blocks of running sequences are all those that the pool has owners for.
+ 6. A block is named only when it was submitted to be computed, and its tokens and the one after
+    them are received: so no stop token is in it, whose row a device leaves out.
 
 Called by: loop.py.
 """
@@ -26,68 +38,55 @@ Called by: loop.py.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from headrace.worker.engine.admission import LengthHistory, predict_peak_tokens
+from headrace.worker.engine.admission import LengthHistory
+from headrace.worker.engine.batch import Batch, Plan, build_batch
+from headrace.worker.engine.cost import StepCost
+from headrace.worker.engine.forecast import Forecast
 from headrace.worker.engine.kv_pool import KVPool
 from headrace.worker.engine.sequence import Sequence, SequenceError
+from headrace.worker.engine.slots import SlotTable
 
 
-@dataclass(slots=True)
-class Plan:
-    """Tokens to compute in this step, decodes first; each sequence once."""
-
-    decodes: list[Sequence] = field(default_factory=list)
-    chunks: list[tuple[Sequence, int]] = field(default_factory=list)
-
-    def __iter__(self) -> Iterator[tuple[Sequence, int]]:
-        yield from ((seq, 1) for seq in self.decodes)
-        yield from self.chunks
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + self.num_prefill_tokens
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return sum(num_tokens for _, num_tokens in self.chunks)
-
-    def add(self, seq: Sequence, num_tokens: int) -> None:
-        if seq.num_pending == 1:
-            self.decodes.append(seq)
-        else:
-            self.chunks.append((seq, num_tokens))
-
-    def drop(self, seq: Sequence) -> None:
-        """Take a sequence out that has just been preempted."""
-        self.decodes = [kept for kept in self.decodes if kept is not seq]
-        self.chunks = [(kept, count) for kept, count in self.chunks if kept is not seq]
+class ValuesInFlight(Exception):
+    """A sequence must be preempted, if the steps in flight bring no end that makes room."""
 
 
 class Scheduler:
     """All sequences of the engine, and the pool they share."""
 
-    def __init__(self, pool: KVPool, max_num_seqs: int, max_step_tokens: int) -> None:
-        if not 1 <= max_num_seqs <= max_step_tokens:
+    def __init__(
+        self,
+        pool: KVPool,
+        max_num_seqs: int,
+        max_step_tokens: int,
+        max_seq_tokens: int | None = None,  # None = the whole pool
+        target_step_s: float = 0.0,  # 0 = chunks as long as the budget allows
+    ) -> None:
+        if not 1 <= max_num_seqs <= max_step_tokens or target_step_s < 0:
             raise ValueError(
-                f"max_num_seqs is {max_num_seqs}, max_step_tokens {max_step_tokens}: a step must "
-                "have room for one token of each sequence; raise max_step_tokens"
+                f"max_num_seqs is {max_num_seqs}, max_step_tokens {max_step_tokens}, the target of "
+                f"a step {target_step_s} s: a step must have room for one token of each sequence "
+                "and a target of 0 or more; raise max_step_tokens or target_step_ms"
             )
         self.pool = pool
         self.lengths = LengthHistory()
+        self.cost = StepCost()
+        self.table = SlotTable(max_num_seqs, max_seq_tokens or pool.num_tokens, pool.block_size)
         self.num_preempted_total = 0
         self.prefix_hit_tokens_total = 0
-        self._max_num_seqs = max_num_seqs
         self._max_step_tokens = max_step_tokens
-        self._running: dict[int, Sequence] = {}  # by seq_id
+        self._target_step_s = target_step_s
+        self._sequences: dict[int, Sequence] = {}  # all that have not ended, by seq_id
         self._waiting: tuple[deque[Sequence], deque[Sequence]] = (deque(), deque())  # [is_batch]
+        self._started: dict[int, Sequence] = {}  # by slot, since the last batch
+        self._forecast = Forecast(pool, self.table, self.lengths)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return self.table.num_used
 
     @property
     def num_waiting(self) -> int:
@@ -95,7 +94,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or self.num_waiting > 0
+        return bool(self._sequences)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, or raise SequenceError if the whole pool could not hold it."""
@@ -107,168 +106,243 @@ class Scheduler:
                 f"this worker's whole KV pool holds {self.pool.num_tokens}: shorten one of them "
                 "or give the worker more memory for KV",
             )
+        self._sequences[seq.asked.seq_id] = seq
         self._waiting[seq.asked.is_batch].append(seq)
+        self._forecast.note_added()
 
     def find(self, seq_id: int) -> Sequence | None:
         """Return a sequence that has not ended."""
-        if seq_id in self._running:
-            return self._running[seq_id]
-        return next((s for queue in self._waiting for s in queue if s.asked.seq_id == seq_id), None)
+        return self._sequences.get(seq_id)
 
-    def plan(self) -> Plan:
-        """Choose the step's tokens and give them blocks, preempting and admitting as needed."""
-        plan = Plan()
+    def plan(self) -> Plan | None:
+        """Choose the step's tokens and give them blocks, preempting and admitting as needed.
+
+        None: a sequence must be preempted, and values are in flight. Collect them and plan again;
+        what was given out until then is kept.
+        """
+        self._forecast.next_plan()
+        decodes = self.table.decodes()
+        plan = Plan(decodes, self._max_step_tokens)
         preempted_before = self.num_preempted_total
-        ordered = sorted(self._running.values(), key=_seniority)
-        for seq in sorted(ordered, key=lambda seq: seq.num_pending > 1):
-            self._plan_running(plan, seq)
-        if self.num_preempted_total == preempted_before:
-            self._plan_waiting(plan)
+        try:
+            self._plan_decodes(plan)
+            prefills = self.table.prefills()
+            if len(prefills) or self.num_waiting:
+                plan.max_prefill_tokens = self._max_prefill_tokens(plan.decodes)
+            self._plan_prefills(plan, prefills)
+            if self.num_preempted_total == preempted_before:
+                self._plan_waiting(plan)
+        except ValuesInFlight:
+            return None
         return plan
 
-    def advance(self, plan: Plan) -> None:
-        """Count the plan's tokens as computed, and offer the blocks they filled to others."""
-        for seq, num_tokens in plan:
-            seq.num_computed += num_tokens
-            self._offer_full_blocks(seq)
+    def submit(self, plan: Plan) -> Batch:
+        """Lay the plan out for the runner, and count its tokens as computed and made."""
+        started, self._started = list(self._started.values()), {}
+        batch, table = build_batch(self.table, plan.decodes, plan.chunks, started), self.table
+        table.num_computed[plan.decodes] += 1
+        for chunk in plan.chunks:
+            table.num_computed[chunk.slot] += chunk.num_tokens
+        table.num_known[batch.due_slots] += 1
+        if plan.chunks:
+            self._offer_full_blocks(np.array([chunk.slot for chunk in plan.chunks], np.int32))
+        return batch
+
+    def settle(self, slots: np.ndarray) -> None:
+        """Note that values of these slots came, from numbers; their sequences may have ended."""
+        self._offer_full_blocks(slots)
+
+    def learn(self, batch: Batch, step_s: float) -> None:
+        """Note what a step took; nobody asks while chunks have no target."""
+        if self._target_step_s:
+            prefill_tokens = batch.num_prefill_tokens
+            self.cost.learn(batch.num_decodes, prefill_tokens, batch.context_tokens, step_s)
 
     def retire(self, seq: Sequence, *, is_finished: bool) -> None:
         """Forget an ended sequence and release its blocks.
 
         `is_finished`: it ran to its own end, so its length says something about others'.
         """
-        self._drop(seq)
-        self.pool.release(seq.table)
-        seq.table = []
+        self.pool.release(self._drop(seq))
         if is_finished:
             self.lengths.add(seq.num_output)
 
     def retire_spoiled(self, seq: Sequence) -> list[int]:
         """Retire a sequence whose computed values are no numbers; return the blocks to clear."""
-        self._drop(seq)
-        blocks, seq.table = self.pool.discard(seq.table), []
-        return blocks
+        return self.pool.discard(self._drop(seq))
 
     def room_tokens(self) -> int:
         """Return the pool's tokens less the predicted peak of all that is here; may be negative."""
-        here = [*self._running.values(), *self._waiting[0], *self._waiting[1]]
-        return self.pool.num_tokens - self._peak_tokens(here)
+        return self._forecast.room_tokens(self._waiting)
 
-    def _peak_tokens(self, seqs: Iterable[Sequence]) -> int:
-        rows = [(seq.num_known, seq.num_output, seq.max_tokens_left) for seq in seqs]
-        known, output, max_left = np.array(rows, np.int64).reshape(-1, 3).T
-        remaining = self.lengths.predict_remaining(output, max_left)
-        return predict_peak_tokens(known, remaining, self.pool.block_size)
+    def _max_prefill_tokens(self, decodes: np.ndarray) -> int:
+        """Return how long the step's chunks may be in all so that streams keep their pace."""
+        if not self._target_step_s or self.table.is_batch[decodes].all():
+            return self._max_step_tokens
+        context_tokens = int(self.table.num_known[decodes].sum())
+        return self.cost.chunk_tokens(len(decodes), context_tokens, self._target_step_s)
 
-    def _plan_running(self, plan: Plan, seq: Sequence) -> None:
-        """Plan a running sequence's next tokens, unless it is preempted or the budget is spent."""
-        num_tokens = min(seq.num_pending, self._max_step_tokens - plan.num_tokens)
-        while seq.asked.seq_id in self._running and num_tokens > 0:
-            if self._give_blocks(seq, num_tokens):
-                plan.add(seq, num_tokens)
+    def _left_tokens(self, plan: Plan) -> int:
+        prefill_tokens = plan.max_prefill_tokens - plan.num_prefill_tokens
+        return min(self._max_step_tokens - plan.num_tokens, prefill_tokens)
+
+    def _plan_decodes(self, plan: Plan) -> None:
+        """Give a block to those whose next token begins one."""
+        table, slots = self.table, plan.decodes
+        held_tokens = table.num_blocks[slots] * table.block_size
+        needy = slots[table.num_computed[slots] >= held_tokens]
+        if len(needy) and (blocks := self.pool.allocate(len(needy))) is not None:
+            table.add_block_each(needy, blocks)
+            return
+        for slot in table.by_seniority(needy):
+            self._give_or_preempt(plan, slot, 1)
+
+    def _plan_prefills(self, plan: Plan, slots: np.ndarray) -> None:
+        """Plan the next chunks of running sequences, as far as the budget goes."""
+        for slot in self.table.by_seniority(slots):
+            if (left := self._left_tokens(plan)) <= 0:
                 return
-            self._preempt(max(self._running.values(), key=_seniority), plan)
+            seq = self.table.sequences[slot]
+            if seq is not None:  # not preempted for a senior
+                num_tokens = min(seq.num_pending, left)
+                if self._give_or_preempt(plan, slot, num_tokens):
+                    plan.add(seq, num_tokens)
+
+    def _give_or_preempt(self, plan: Plan, slot: int, num_tokens: int) -> bool:
+        """Give a slot blocks for its next tokens; False if it was preempted itself."""
+        while self.table.sequences[slot] is not None:
+            if self._give_blocks(slot, num_tokens):
+                return True
+            self._preempt(self.table.by_seniority(self.table.used())[-1], plan)
+        return False
 
     def _plan_waiting(self, plan: Plan) -> None:
         """Admit waiting sequences in order while tokens, places and the predicted peak allow."""
-        while (left := self._max_step_tokens - plan.num_tokens) > 0 and self.num_waiting:
+        while self.num_waiting and (left := self._left_tokens(plan)) > 0:
             seq = (self._waiting[0] or self._waiting[1])[0]
             if not self._make_room(seq, plan):
                 return
-            self._start(seq)
+            slot = self._start(seq)
             num_tokens = min(seq.num_pending, left)
             # The predicted peak holds all known tokens in whole blocks, so these are there.
-            given = self._give_blocks(seq, num_tokens)
+            given = self._give_blocks(slot, num_tokens)
             assert given, "the predicted peak admitted a sequence that the pool has no block for"
             plan.add(seq, num_tokens)
 
     def _make_room(self, seq: Sequence, plan: Plan) -> bool:
         """Say whether a waiting sequence may run, once batch ones have made way if it may ask."""
-        running = list(self._running.values())
-        if self._fits([*running, seq]):
-            return True
-        juniors = [s for s in running if s.asked.is_batch > seq.asked.is_batch]
-        others = [s for s in running if s.asked.is_batch <= seq.asked.is_batch]
-        if not juniors or not self._fits([*others, seq]):
+        forecast = self._forecast
+        if forecast.was_refused(seq):
             return False
-        juniors.sort(key=_seniority)
-        while not self._fits([*others, *juniors, seq]):
-            self._preempt(juniors.pop(), plan)
+        used, is_batch = self.table.used(), self.table.is_batch
+        if forecast.fits(used, seq):
+            return True
+        is_junior = is_batch[used] > seq.asked.is_batch
+        others, juniors = used[~is_junior], used[is_junior]
+        if not len(juniors) or not forecast.fits(others, seq):
+            forecast.refuse(seq)
+            return False
+        left = self.table.by_seniority(juniors)
+        while not forecast.fits(np.concatenate((others, np.array(left, np.int64))), seq):
+            self._preempt(left.pop(), plan)
         return True
 
-    def _fits(self, seqs: list[Sequence]) -> bool:
-        if len(seqs) == 1:
-            return True  # each fits alone, however pessimistic the prediction
-        return len(seqs) <= self._max_num_seqs and self._peak_tokens(seqs) <= self.pool.num_tokens
-
-    def _start(self, seq: Sequence) -> None:
-        """Move the head of its queue to the running ones, with what the prefix cache has of it."""
+    def _start(self, seq: Sequence) -> int:
+        """Give the head of its queue a slot, with what the prefix cache has of it."""
         self._waiting[seq.asked.is_batch].popleft()
-        self._running[seq.asked.seq_id] = seq
-        block_size = self.pool.block_size
-        seq.extend_names(block_size)
+        table, block_size = self.table, self.pool.block_size
+        slot = table.give(seq)
+        seq.extend_names(block_size, seq.num_received)
         # At least one token is computed, or there would be no logits.
-        usable = seq.names[: (seq.num_known - 1) // block_size]
-        seq.table = self.pool.acquire(usable[: self.pool.match(usable)])
-        seq.num_named = len(seq.table)
-        seq.num_computed = seq.num_named * block_size
+        usable = seq.names[: (seq.num_received - 1) // block_size]
+        table.add_blocks(slot, self.pool.acquire(usable[: self.pool.match(usable)]))
+        table.num_named[slot] = table.num_blocks[slot]
+        table.num_computed[slot] = table.num_blocks[slot] * block_size
         self.prefix_hit_tokens_total += seq.num_computed
         if not seq.was_run:
             seq.cached_tokens = min(seq.num_computed, seq.num_prompt)
             seq.was_run = True
+        table.cached_tokens[slot] = seq.cached_tokens
+        self._started[slot] = seq
+        self._forecast.note_change()
+        return slot
 
-    def _give_blocks(self, seq: Sequence, num_tokens: int) -> bool:
+    def _give_blocks(self, slot: int, num_tokens: int) -> bool:
         """Extend the table to hold that many more tokens; False if the pool cannot."""
-        needed = self.pool.blocks_for(seq.num_computed + num_tokens) - len(seq.table)
-        blocks = self.pool.allocate(max(needed, 0))
+        table = self.table
+        needed = self.pool.blocks_for(int(table.num_computed[slot]) + num_tokens)
+        blocks = self.pool.allocate(max(needed - int(table.num_blocks[slot]), 0))
         if blocks is None:
             return False
-        seq.table += blocks
+        table.add_blocks(slot, blocks)
         return True
 
-    def _preempt(self, seq: Sequence, plan: Plan) -> None:
+    def _preempt(self, slot: int, plan: Plan) -> None:
         """Take a running sequence's blocks; it waits at the head of its class."""
-        plan.drop(seq)
-        del self._running[seq.asked.seq_id]
-        self.pool.release(seq.table)
-        seq.table, seq.num_computed, seq.num_named = [], 0, 0
+        if self.table.has_values_in_flight:
+            raise ValuesInFlight
+        seq = self.table.sequence(slot)
+        plan.drop(slot)
+        self.pool.release(self._leave(slot))
         queue = self._waiting[seq.asked.is_batch]
         at = next((i for i, other in enumerate(queue) if other.arrival > seq.arrival), len(queue))
         queue.insert(at, seq)
         self.num_preempted_total += 1
 
-    def _offer_full_blocks(self, seq: Sequence) -> None:
-        num_full = seq.num_computed // self.pool.block_size
-        if num_full > seq.num_named:
-            seq.extend_names(self.pool.block_size)
-            for i in range(seq.num_named, num_full):
-                self.pool.name(seq.table[i], seq.names[i])
-            seq.num_named = num_full
+    def _offer_full_blocks(self, slots: np.ndarray) -> None:
+        """Name the blocks of these slots that are full and whose next token has come."""
+        table, block_size = self.table, self.pool.block_size
+        num_full = self._num_nameable(slots)
+        for at in np.flatnonzero(num_full > table.num_named[slots]).tolist():
+            slot, end = int(slots[at]), int(num_full[at])
+            seq, first = table.sequence(slot), int(table.num_named[slot])
+            seq.extend_names(block_size, end * block_size)
+            for i, block in enumerate(table.tables[slot, first:end].tolist(), first):
+                self.pool.name(block, seq.names[i])
+            table.num_named[slot] = end
 
-    def _drop(self, seq: Sequence) -> None:
-        if self._running.pop(seq.asked.seq_id, None) is None:
-            self._waiting[seq.asked.is_batch].remove(seq)
+    def _num_nameable(self, slots: np.ndarray) -> np.ndarray:
+        table = self.table
+        num_tokens = np.minimum(table.num_computed[slots], table.num_received[slots] - 1)
+        return num_tokens // self.pool.block_size
+
+    def _drop(self, seq: Sequence) -> list[int]:
+        """Forget a sequence; return the blocks that it held."""
+        del self._sequences[seq.asked.seq_id]
+        if seq.is_running:
+            return self._leave(seq.slot)
+        self._waiting[seq.asked.is_batch].remove(seq)
+        self._forecast.note_change()
+        return []
+
+    def _leave(self, slot: int) -> list[int]:
+        self._started.pop(slot, None)
+        self._forecast.note_change()
+        return self.table.take_back(slot)
 
     def check(self, plan: Plan | None = None) -> None:
-        """Assert the invariants; with a plan, between `plan` and `advance`."""
-        everything = [*self._running.values(), *self._waiting[0], *self._waiting[1]]
-        assert len({id(seq) for seq in everything}) == len(everything)  # 1
+        """Assert the invariants; with a plan, between `plan` and `submit`."""
+        table = self.table
+        table.check()
+        running = [table.sequence(slot) for slot in table.used().tolist()]
+        everything = [*running, *self._waiting[0], *self._waiting[1]]
+        assert {id(seq) for seq in everything} == {id(seq) for seq in self._sequences.values()}  # 1
+        assert len(everything) == len(self._sequences)  # 1
         for is_batch, queue in enumerate(self._waiting):  # 2
             arrivals = [seq.arrival for seq in queue]
             assert arrivals == sorted(arrivals)
-            assert all(not s.table and s.asked.is_batch == bool(is_batch) for s in queue)
-        self.pool.check(seq.table for seq in self._running.values())  # 5
+            assert not any(s.is_running or s.asked.is_batch != bool(is_batch) for s in queue)
+        self.pool.check(seq.table for seq in running)  # 5
+        used = table.used()
+        assert (table.num_named[used] <= self._num_nameable(used)).all()  # 6
         if plan is None:
             return
-        planned = [seq for seq, _ in plan]
-        assert len({id(seq) for seq in planned}) == len(planned)  # 3
-        assert plan.num_tokens <= self._max_step_tokens  # 3
-        for seq, num_tokens in plan:  # 3
-            assert 1 <= num_tokens <= seq.num_pending
-            assert self.pool.blocks_for(seq.num_computed + num_tokens) <= len(seq.table)
-        assert planned or not everything  # 4
-
-
-def _seniority(seq: Sequence) -> tuple[bool, int]:
-    """Order in which sequences are served; the largest is preempted first."""
-    return seq.asked.is_batch, seq.arrival
+        slots = [*plan.decodes.tolist(), *(chunk.slot for chunk in plan.chunks)]
+        counts = [1] * len(plan.decodes) + [chunk.num_tokens for chunk in plan.chunks]
+        assert len(set(slots)) == len(slots)  # 3
+        assert plan.num_tokens == sum(counts) <= self._max_step_tokens  # 3
+        for slot, num_tokens in zip(slots, counts, strict=True):  # 3
+            assert 1 <= num_tokens <= table.sequence(slot).num_pending
+            end = int(table.num_computed[slot]) + num_tokens
+            assert self.pool.blocks_for(end) <= table.num_blocks[slot]
+        assert slots or not everything or table.has_values_in_flight  # 4

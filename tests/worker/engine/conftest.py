@@ -8,13 +8,13 @@ import torch
 import transformers
 
 from headrace.worker.engine.architecture import Architecture
-from headrace.worker.engine.batch import build_batch
 from headrace.worker.engine.kv_pool import KVPool
+from headrace.worker.engine.outcome import take_results
 from headrace.worker.engine.runner import CpuRunner
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.weights import load_weights
-from headrace.worker.frames import Admit, Reason, SamplingParams
+from headrace.worker.frames import Admit, SamplingParams
 
 VOCAB = 320
 SHAPE = {
@@ -76,20 +76,19 @@ class Harness:
         """Run one step; return [(sequence, token)]."""
         plan = self.scheduler.plan()
         self.scheduler.check(plan)
-        batch = build_batch(plan, self.pool.block_size)
-        self.runner.run(batch)
-        sampled = self.runner.sample(batch)
-        self.scheduler.advance(plan)
-        made = []
-        for row, seq in enumerate(batch.due):
-            assert sampled.is_finite[row]
-            seq.append(int(sampled.tokens[row]))
-            made.append((seq, int(sampled.tokens[row])))
-            if seq.ending() is not Reason.GOING_ON:
-                self.scheduler.retire(seq, is_finished=True)
-                self.finished[seq.asked.seq_id] = seq
+        batch = self.scheduler.submit(plan)
+        due = [self.scheduler.table.sequence(slot) for slot in batch.due_slots]
+        self.runner.submit(batch)
+        sampled = self.runner.collect()
+        assert sampled.is_finite.all()
+        outcome = take_results(batch, sampled)
+        self.scheduler.settle(outcome.sound)
+        for slot, _ in outcome.ended:
+            seq = self.scheduler.table.sequence(slot)
+            self.scheduler.retire(seq, is_finished=True)
+            self.finished[seq.asked.seq_id] = seq
         self.scheduler.check()
-        return made
+        return list(zip(due, sampled.tokens.tolist(), strict=True))
 
     def finish(self, max_steps=2000):
         for _ in range(max_steps):

@@ -10,7 +10,7 @@ from headrace.kernels.qkv_rope_write import qkv_rope_write_reference
 from headrace.kernels.rms_norm import residual_rms_norm_reference, rms_norm_reference
 from headrace.kernels.silu_mul import silu_mul_reference
 from headrace.worker.engine import cpu_ops
-from headrace.worker.engine.batch import Batch
+from headrace.worker.engine.flat import FlatBatch
 
 #: on values of the order of 1: fp32 sums in another order; bf16 has 8 bits, and attention rounds
 #: its weights to it before the second product.
@@ -32,8 +32,7 @@ def make_batch(q_lens, context_lens, seed=0):
     )
     rows = np.repeat(np.arange(len(q_lens)), q_lens)
     slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    return Batch(
-        num_decodes=sum(q == 1 for q in q_lens),
+    return FlatBatch(
         tokens=np.zeros(len(positions), np.int32),
         positions=positions.astype(np.int32),
         slots=slots.astype(np.int32),

@@ -122,6 +122,10 @@ def start_small(start, model_folder):
     assert isinstance(ready, frames.Ready)
     assert (ready.num_blocks, ready.block_size, ready.vocab_size) == (32, 8, 320)
     assert ready.max_seq_tokens == 256
+    assert (ready.device, ready.max_num_seqs) == ("cpu", 8)
+    assert [stage.name for stage in ready.stages] == ["process and imports", "weights", "pool"]
+    assert all(stage.seconds > 0 for stage in ready.stages)
+    assert sum(stage.seconds for stage in ready.stages[1:]) <= ready.load_s
     return courier
 
 
@@ -194,7 +198,9 @@ BAD = {
         {"params": SamplingParams(logit_bias={3: float("inf")})},
         {"params": SamplingParams(repetition_penalty=0.0)},
         {"params": SamplingParams(logprobs=21)},
+        {"params": SamplingParams(logit_bias=dict.fromkeys(range(301), 1.0))},
     ],
+    "bad_stop_tokens": [{"stop_token_ids": list(range(17))}],
 }
 
 
@@ -335,6 +341,9 @@ def test_the_engine_is_killed_with_its_parent(model_folder):
         ({"num_blocks": 1 << 40}, "out_of_memory"),
         ({"num_blocks": None, "kv_bytes": 1}, "out_of_memory"),
         ({"max_num_seqs": 64, "max_step_tokens": 8}, "bad_config"),
+        ({"target_step_ms": -1.0}, "bad_config"),
+        ({"kv_dtype": "fp8", "device": "cpu"}, "bad_config"),
+        ({"runner": "stub", "stub_depth": -1}, "bad_config"),
         ({"config_text": '{"model_folder": "x", "mispelt": 1}'}, "bad_config"),
         ({"config_text": "{"}, "bad_config"),
     ],
@@ -356,14 +365,52 @@ def test_what_is_no_frame_is_told_as_fatal(sent, engine):
     assert engine.process.wait(DEADLINE_S) == 1
 
 
-def test_a_stub_makes_the_tokens_that_anyone_can_predict(start, model_folder, admit):
-    courier = start(model_folder=str(model_folder("qwen3")), runner="stub", kv_bytes=1 << 24)
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_stub_makes_the_tokens_that_anyone_can_predict(depth, start, model_folder, admit):
+    folder = str(model_folder("qwen3"))
+    courier = start(
+        model_folder=folder, runner="stub", kv_bytes=1 << 24, stub_depth=depth, debug_check=True
+    )
     assert isinstance(courier.next(), frames.Ready)
     asks = {seq_id: SamplingParams(seed=seq_id * 7 - 20) for seq_id in range(1, 6)}
-    courier.send(*(admit(seq_id, [5] * 9, 30, params=p) for seq_id, p in asks.items()))
-    for seq_id, (tokens, reason, _) in courier.follow(*asks).items():
-        expected = [stub_token(asks[seq_id].seed, i, 320) for i in range(30)]
-        assert (tokens, reason) == (expected, Reason.LENGTH)
+    expected = {i: [stub_token(p.seed, at, 320) for at in range(30)] for i, p in asks.items()}
+    stop = expected[3][17]
+    courier.send(
+        *(
+            admit(i, [5] * 9, 30, params=p, stop_token_ids=[stop] if i == 3 else [])
+            for i, p in asks.items()
+        )
+    )
+    found = courier.follow(*asks)
+    stop_at = expected[3].index(stop) + 1
+    for seq_id, (tokens, reason, _) in found.items():
+        end = (expected[3][:stop_at], Reason.STOP_TOKEN)
+        assert (tokens, reason) == (end if seq_id == 3 else (expected[seq_id], Reason.LENGTH))
+    courier.send(Stop())
+    assert courier.process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_device_lost_in_mid_run_is_told_after_the_tokens_made_before(
+    depth, start, model_folder, admit
+):
+    courier = start(
+        model_folder=str(model_folder("qwen3")),
+        runner="stub",
+        stub_depth=depth,
+        stub_lost_steps=5,
+    )
+    assert isinstance(courier.next(), frames.Ready)
+    courier.send(admit(1, [5] * 9, 30, params=SamplingParams(seed=3)))
+    tokens = []
+    while isinstance(frame := courier.next(), frames.StepFrame):
+        tokens += frame.entries["token"].tolist()
+    assert tokens == [stub_token(3, at, 320) for at in range(5)]
+    assert isinstance(frame, frames.Fatal)
+    assert frame.code == "device_lost"
+    assert "stub_lost_steps" in frame.text
+    assert courier.next() is None
+    assert courier.process.wait(DEADLINE_S) == 1
 
 
 def test_a_courier_that_does_not_read_stops_the_steps_and_loses_nothing(model_folder, admit):

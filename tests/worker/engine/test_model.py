@@ -49,7 +49,7 @@ def test_logits_equal_those_of_transformers_at_every_output(name, harness, peer)
     while engine.scheduler.has_work:
         for row, (seq, _) in enumerate(engine.step()):
             logits = engine.runner._logits[row]
-            expected = peer_logits(peer(name), seq.tokens[: seq.num_known - 1].tolist())[-1]
+            expected = peer_logits(peer(name), seq.tokens[: seq.num_received - 1].tolist())[-1]
             torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
             compared += 1
     assert compared == 6 * len(seqs)

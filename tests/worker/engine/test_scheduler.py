@@ -1,5 +1,8 @@
 """scheduler.py: order, budget, admission and preemption; the model is played by the test."""
 
+from collections import deque
+
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,18 +16,29 @@ from hypothesis.stateful import (
 )
 
 from headrace.worker.engine.kv_pool import KVPool
+from headrace.worker.engine.outcome import take_results
+from headrace.worker.engine.sampling import Sampled
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence, SequenceError
 
 
 class Played:
-    """A scheduler whose sequences get the token 1 + their index whenever one is due."""
+    """A scheduler whose sequences get the token 1 + their index whenever one is due.
 
-    def __init__(self, make_admit, num_blocks=16, block_size=4, max_num_seqs=8, max_step_tokens=16):
+    With a depth, tokens come that many steps after they were made, as from a device; one that has
+    made its stop token goes on making what nobody should read.
+    """
+
+    def __init__(
+        self, make_admit, num_blocks=16, block_size=4, max_num_seqs=8, max_step_tokens=16, depth=0
+    ):
         self.make_admit = make_admit
         self.scheduler = Scheduler(KVPool(num_blocks, block_size), max_num_seqs, max_step_tokens)
+        self.depth = depth
+        self.in_flight = deque()
         self.num_added = 0
         self.ended = []
+        self.told = {}  # seq_id -> tokens, as frames would tell them
 
     def add(self, num_prompt, max_tokens, first_token=100, **asked):
         self.num_added += 1
@@ -35,19 +49,39 @@ class Played:
         self.scheduler.add(seq)
         return seq
 
-    def step(self, stop=lambda seq: False):
-        plan = self.scheduler.plan()
+    def step(self, stop=lambda num_output: False):
+        table = self.scheduler.table
+        if (plan := self.scheduler.plan()) is None:
+            assert self.in_flight, "there is nothing to wait for"
+            while self.in_flight:
+                self.collect()
+            plan = self.scheduler.plan()
         self.scheduler.check(plan)
-        planned = list(plan)
-        self.scheduler.advance(plan)
-        for seq, _ in planned:
-            if seq.num_pending == 0:
-                seq.append(1 + seq.num_output)
-                if seq.max_tokens_left == 0 or stop(seq):
-                    self.scheduler.retire(seq, is_finished=True)
-                    self.ended.append(seq)
+        planned = [(table.sequence(slot), 1) for slot in plan.decodes]
+        planned += [(chunk.seq, chunk.num_tokens) for chunk in plan.chunks]
+        if planned:
+            batch = self.scheduler.submit(plan)
+            num_output = (table.num_known - table.num_prompt)[batch.due_slots]
+            is_stop = np.array([stop(int(n)) for n in num_output], bool)
+            is_finite = np.ones(len(is_stop), bool)
+            self.in_flight.append((batch, Sampled(num_output.copy(), is_finite, is_stop)))
+        while len(self.in_flight) > self.depth or (self.in_flight and not planned):
+            self.collect()
         self.scheduler.check()
         return planned
+
+    def collect(self):
+        outcome = take_results(*self.in_flight.popleft())
+        for entry in outcome.entries:
+            tokens = self.told.setdefault(int(entry["seq_id"]), [])
+            assert entry["index"] == len(tokens)
+            tokens.append(int(entry["token"]))
+        self.scheduler.settle(outcome.sound)
+        for slot, _ in outcome.ended:
+            seq = self.scheduler.table.sequence(slot)
+            self.scheduler.retire(seq, is_finished=True)
+            self.ended.append(seq)
+        self.scheduler.check()
 
     def finish(self):
         for _ in range(5000):
@@ -130,11 +164,10 @@ def test_when_blocks_run_out_batch_gives_way_first_then_the_youngest(played):
     )
     order = []
     while engine.scheduler.has_work:
-        before = {id(s) for s in engine.scheduler._running.values()}
+        before = [seq for seq in (old, batch, young) if seq.is_running]
         engine.step()
         for seq in (old, batch, young):
-            is_running = seq in engine.scheduler._running.values()
-            if id(seq) in before and not is_running and seq not in engine.ended:
+            if seq in before and not seq.is_running and seq not in engine.ended:
                 order.append(seq)
     assert order[:2] == [batch, young]
     assert old not in order
@@ -172,8 +205,8 @@ def test_batch_is_not_preempted_where_it_would_not_help(played):
     engine.add(12, 16, first_token=700)
     engine.step()
     assert engine.scheduler.num_preempted_total == 0
-    assert running in engine.scheduler._running.values()
-    assert batch in engine.ended or batch in engine.scheduler._running.values()
+    assert running.is_running
+    assert batch in engine.ended or batch.is_running
 
 
 def test_what_the_whole_pool_cannot_hold_is_refused_alone(played):
@@ -211,6 +244,92 @@ def test_a_retired_sequence_leaves_its_place_running_or_waiting(played):
 def test_a_step_without_room_for_every_sequence_is_refused():
     with pytest.raises(ValueError, match="raise max_step_tokens"):
         Scheduler(KVPool(4, 4), max_num_seqs=8, max_step_tokens=7)
+    with pytest.raises(ValueError, match="target of 0 or more"):
+        Scheduler(KVPool(4, 4), max_num_seqs=8, max_step_tokens=8, target_step_s=-1.0)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_steps_are_planned_before_the_tokens_of_the_last_ones_are_there(depth, played):
+    engine = played(depth=depth)
+    seq = engine.add(5, 9)
+    for i in range(1 + depth):
+        assert engine.step() == [(seq, 5 if i == 0 else 1)]
+    assert (seq.num_known, seq.num_received, seq.num_computed) == (6 + depth, 6, 5 + depth)
+    engine.finish()
+    assert seq.output.tolist() == list(range(1, 10))
+
+
+def test_an_end_by_length_is_known_at_submit_and_one_by_a_stop_when_it_comes(played):
+    engine = played(depth=2)
+    by_length, by_stop = engine.add(5, 2), engine.add(5, 9, first_token=300)
+    planned = [engine.step(stop=lambda num_output: num_output == 3) for _ in range(7)]
+    counts = {seq: sum(seq is s for step in planned for s, _ in step) for seq in engine.ended}
+    assert counts == {by_length: 2, by_stop: 5}  # a prompt, a decode; two rows too many
+    assert by_stop.output.tolist() == [1, 2, 3]
+    assert by_length.output.tolist() == [1, 2]
+
+
+def test_a_slot_is_given_again_while_rows_of_its_last_stay_are_in_flight(played):
+    engine = played(depth=2, max_num_seqs=1)
+    first, second = engine.add(5, 9), engine.add(5, 3, first_token=300)
+    stop = {first: 2}
+    while not second.is_running:
+        engine.step(stop=lambda num_output: num_output == stop.get(first))
+    assert len(engine.in_flight) == 2
+    stop.clear()
+    engine.finish()
+    assert (first.output.tolist(), second.output.tolist()) == ([1, 2], [1, 2, 3])
+
+
+def test_a_preemption_waits_for_the_values_in_flight(played):
+    engine = played(num_blocks=8, depth=2)
+    expect_lengths(engine.scheduler, 1)
+    seqs = [engine.add(4, 24, first_token=100 * i) for i in range(1, 4)]
+    num_waits = 0
+    while engine.scheduler.has_work:
+        plan = engine.scheduler.plan()
+        if plan is None:
+            num_waits += 1
+            assert engine.scheduler.table.has_values_in_flight
+        engine.step()
+    assert num_waits > 0
+    assert engine.scheduler.num_preempted_total > 0
+    assert all(seq.output.tolist() == list(range(1, 25)) for seq in seqs)
+
+
+def test_invariant_6_a_block_is_not_named_before_its_tokens_have_come(played):
+    engine = played(block_size=4, depth=2)
+    seq = engine.add(7, 9)
+    for computed, named in ((7, 1), (8, 1), (9, 1), (10, 2)):
+        engine.step()
+        assert (seq.num_computed, engine.scheduler.table.num_named[seq.slot]) == (computed, named)
+
+
+def test_invariant_6_the_last_block_of_a_stopped_sequence_is_not_named(played):
+    # Its stop token is at the block's last place; the row that computes it is dead on a device.
+    engine = played(block_size=4, depth=2, max_step_tokens=32)
+    engine.add(7, 9)
+    while engine.scheduler.has_work:
+        engine.step(stop=lambda num_output: num_output == 1)
+    again = engine.add(7, 9)
+    assert engine.scheduler.pool.num_cached == 1
+    engine.step()
+    assert again.cached_tokens == 4
+
+
+def test_chunks_are_as_long_as_the_target_of_interactive_streams_allows(played, admit):
+    def chunk_beside(is_batch):
+        engine = played(num_blocks=1000, max_step_tokens=2000)
+        engine.scheduler = Scheduler(engine.scheduler.pool, 8, 2000, target_step_s=0.02)
+        for i in range(200):  # 10 ms a step and 50 us a prompt token
+            engine.scheduler.cost.learn(1, 100 * (i % 3), 20, 0.01 + 100 * (i % 3) * 50e-6)
+        engine.add(3, 9, is_batch=is_batch)
+        engine.step()
+        engine.add(1500, 3, first_token=500, is_batch=is_batch)
+        return engine.step()[1][1]
+
+    assert 180 <= chunk_beside(is_batch=False) <= 220
+    assert chunk_beside(is_batch=True) == 1500
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -223,9 +342,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(5, 20),
         expected=st.integers(0, 6),
+        depth=st.integers(0, 2),
     )
-    def start(self, num_blocks, max_num_seqs, budget, expected):
-        limits = {"max_num_seqs": max_num_seqs, "max_step_tokens": budget}
+    def start(self, num_blocks, max_num_seqs, budget, expected, depth):
+        limits = {"max_num_seqs": max_num_seqs, "max_step_tokens": budget, "depth": depth}
         self.engine = Played(type(self).make_admit, num_blocks, 4, **limits)
         self.live = []
         for _ in range(expected):
@@ -246,7 +366,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(stop_at=st.integers(1, 25))
     def step(self, stop_at):
-        self.engine.step(stop=lambda seq: seq.num_output >= stop_at)
+        self.engine.step(stop=lambda num_output: num_output >= stop_at)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), is_spoiled=st.booleans())
