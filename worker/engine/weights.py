@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
@@ -44,9 +46,32 @@ class Weights:
     lm_head_rows: torch.Tensor  # the same, left plain where a runner lays lm_head out otherwise
 
 
-def load_weights(folder: Path, arch: Architecture, dtype: torch.dtype) -> Weights:
+#: standard deviation of random weights, as transformers initialises these models.
+RANDOM_STD = 0.02
+
+
+def load_weights(
+    folder: Path, arch: Architecture, dtype: torch.dtype, device: torch.device = CPU
+) -> Weights:
     """Read, check and merge; raise UnsupportedModel with the names that are wrong."""
-    tensors = {name: tensor.to(dtype) for name, tensor in _read(folder)}
+    tensors = {name: tensor.to(device, dtype) for name, tensor in _read(folder)}
+    return merge_weights(tensors, arch)
+
+
+def random_weights(
+    arch: Architecture, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Weights:
+    """Make weights of the model's shapes, for benchmarks: norms of 1, biases of 0."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in expected_shapes(arch).items():
+        if name.endswith("norm.weight"):
+            tensors[name] = torch.ones(shape, dtype=dtype, device=device)
+        elif name.endswith(".bias"):
+            tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            drawn = torch.empty(shape, dtype=dtype, device=device)
+            tensors[name] = drawn.normal_(0, RANDOM_STD, generator=generator)
     return merge_weights(tensors, arch)
 
 
