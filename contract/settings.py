@@ -8,6 +8,8 @@ Invariants:
    `HEADRACE_X_FILE` names a file to read `HEADRACE_X` from (Docker and systemd secrets).
 4. Every field has a unit in its name or text, a default (or is required), a range and a sentence;
    README's settings table is these fields (tests/contract/test_settings.py).
+5. `auto` is a value that depends on the device. Only the engine sees that, so only it resolves them
+   (worker/engine/startup.py); the text says to what.
 
 Called by: each `__main__` and `create_app`, once; slices are passed down from there.
 `python -m headrace.contract.settings` prints the table of README.
@@ -155,6 +157,10 @@ class GatewaySettings(StoreSettings):
     ] = 16
 
 
+#: A number, or `auto`: the engine's choice for its device.
+Auto = Literal["auto"]
+
+
 class WorkerSettings(StoreSettings):
     """Courier and engine of one worker."""
 
@@ -165,30 +171,57 @@ class WorkerSettings(StoreSettings):
     model_name: Annotated[
         str, Field(description="Name clients ask for; empty: the folder's name.")
     ] = ""
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="Where the model runs; auto: on a GPU if there is one, else on the CPU."),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Field(description="Weights and KV cache; auto: float32 on a CPU."),
+        Field(description="Weights and KV cache; auto: bfloat16 on a GPU, float32 on a CPU."),
     ] = "auto"
+    kv_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Field(description="KV cache; auto: as `dtype`, fp8: half of bfloat16's memory (GPU only)."),
+    ] = "auto"
+    weights_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Field(description="Linear layers; auto: as `dtype`, fp8: W8A8 (GPU only)."),
+    ] = "auto"
+    gpu_memory_fraction: Annotated[
+        float,
+        Field(ge=0.1, le=0.98, description="Share of a GPU's memory the engine may take in all."),
+    ] = 0.9
     engine_threads: Annotated[
         int,
         Field(ge=0, le=256, description="CPU threads of the engine; 0: half the cores it may use."),
     ] = 0
     kv_cache_mb: Annotated[
-        int, Field(ge=1, le=4_000_000, description="Memory of the KV pool, MiB.")
-    ] = 1024
+        Auto | Annotated[int, Field(ge=1, le=4_000_000)],
+        Field(description="Memory of the KV pool, MiB; auto: a GPU's free share, 1024 on a CPU."),
+    ] = "auto"
     block_size: Annotated[
-        int, Field(ge=8, le=256, description="Tokens in one KV block (a power of two).")
+        int,
+        Field(ge=8, le=256, description="Tokens in one KV block (a power of two; a GPU: from 16)."),
     ] = 64
     max_seq_tokens: Annotated[
         int,
         Field(ge=0, le=1 << 20, description="Longest prompt + output, tokens; 0: the model's own."),
     ] = 0
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096, description="Sequences running at once.")] = (
-        64
-    )
+    max_num_seqs: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=4096)],
+        Field(description="Sequences running at once; auto: 256 on a GPU (max 1024), 64 on a CPU."),
+    ] = "auto"
     max_step_tokens: Annotated[
-        int, Field(ge=16, le=65_536, description="Token budget of one engine step.")
-    ] = 512
+        Auto | Annotated[int, Field(ge=16, le=65_536)],
+        Field(description="Tokens computed in one step; auto: 8192 on a GPU, 512 on a CPU."),
+    ] = "auto"
+    target_step_ms: Annotated[
+        Auto | Annotated[float, Field(ge=0, le=10_000)],
+        Field(
+            description="Prompts are cut so that a step of running streams keeps this, ms; 0: off; "
+            "auto: 50 on a GPU, off on a CPU."
+        ),
+    ] = "auto"
     flush_ms: Annotated[
         float,
         Field(ge=0, le=1000, description="Tokens are logged and published at most this late, ms."),
@@ -214,6 +247,12 @@ class WorkerSettings(StoreSettings):
     stub_step_ms: Annotated[
         float, Field(ge=0, le=10_000, description="How long a step of the stub takes, ms.")
     ] = 0.0
+    stub_lost_steps: Annotated[
+        int,
+        Field(
+            ge=0, le=1 << 30, description="A stub's device is lost after so many steps; 0: never."
+        ),
+    ] = 0
 
 
 class TasksSettings(StoreSettings):

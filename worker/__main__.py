@@ -1,6 +1,7 @@
 """`python -m headrace.worker`: one worker, until SIGTERM or SIGINT has drained it.
 
-Exit status: 0 drained, 1 unexpected, 2 it cannot start like this (said in one line on stderr).
+Exit status: 0 drained, 1 unexpected, 2 it cannot start like this, 3 its engine cannot live on this
+device (both said in one line on stderr; with 3 all jobs were handed back before).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from types import FrameType
 from headrace.contract import log
 from headrace.contract.errors import ConfigurationError
 from headrace.contract.settings import WorkerSettings
-from headrace.worker.lifecycle import build
+from headrace.worker.lifecycle import EngineBroken, build
 
 
 def main() -> int:
@@ -36,6 +37,9 @@ def main() -> int:
     except ConfigurationError as error:
         print(f"headrace worker: {error.detail}", file=sys.stderr)
         return 2
+    except EngineBroken as error:
+        print(f"headrace worker: {error}", file=sys.stderr)
+        return 3
     return 0
 
 

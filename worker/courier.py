@@ -20,9 +20,11 @@ from __future__ import annotations
 import math
 import os
 import queue
+import re
 import select
 import time
 from collections.abc import Callable
+from typing import Any
 
 from headrace.contract import log
 from headrace.contract.errors import EngineRefused, Unavailable
@@ -156,12 +158,22 @@ class Courier:
                 case Failure():
                     self._failures[notice.seq_id] = notice
                 case Ready():
-                    tokens = notice.num_blocks * notice.block_size
-                    self._room.opened(tokens, notice.max_seq_tokens)
-                    self._ring()
+                    self._open(notice)
                 case Fatal():
                     self.fatal = notice
         return is_alive
+
+    def _open(self, ready: Ready) -> None:
+        """Let work in, and tell where the start's seconds and bytes went."""
+        tokens = ready.num_blocks * ready.block_size
+        self._room.opened(tokens, ready.max_seq_tokens, ready.max_num_seqs)
+        self._metrics.started(ready.stages)
+        told: dict[str, Any] = {}
+        for stage in ready.stages:
+            name = re.sub(r"\W+", "_", stage.name.lower()).strip("_")
+            told |= {f"{name}_s": stage.seconds, f"{name}_bytes": stage.num_bytes}
+        log.event("engine.opened", worker=self._worker, device=ready.device, **told)
+        self._ring()
 
     def _step(self, frame: StepFrame) -> None:
         """Take the tokens of one engine step."""

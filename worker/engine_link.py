@@ -5,6 +5,8 @@ Invariants:
    sees the socket close and asks the kernel for a signal; so `start` is called by the main thread).
 2. Nothing here waits: what the socket does not take is kept, what has not come is not waited for.
 3. The engine gets no address and no secret: its environment has no HEADRACE_ variable.
+4. Once an engine was ready on a device, those after it run there or not at all: a GPU that was lost
+   must not turn a fast worker into a slow one on the CPU, where nobody notices.
 
 Owned by the courier's loop.
 """
@@ -12,6 +14,7 @@ Owned by the courier's loop.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
+from headrace.contract.settings import WorkerSettings
 from headrace.contract.wire import JobClass
 from headrace.worker.frames import (
     Admit,
@@ -57,7 +61,7 @@ class EngineLink:
         self._reader = FrameReader()
         self._writer: FrameWriter | None = None
         self.ready: Ready | None = None
-        self.started_at = 0.0  # monotonic s
+        self.ready_at = 0.0  # monotonic s
         self.last_frame_at = 0.0  # monotonic s
 
     @property
@@ -88,7 +92,7 @@ class EngineLink:
         self._socket = ours
         self._reader, self._writer = FrameReader(), FrameWriter(ours)
         self.ready = None
-        self.started_at = self.last_frame_at = time.monotonic()
+        self.last_frame_at = time.monotonic()
 
     def send(self, command: Command) -> bool:
         """Queue a command; False when the engine is gone."""
@@ -113,7 +117,8 @@ class EngineLink:
                     notices.append(notice)
                     self.last_frame_at = time.monotonic()
                 if isinstance(notice, Ready):
-                    self.ready = notice
+                    self.ready, self.ready_at = notice, self.last_frame_at
+                    self._config = msgspec.structs.replace(self._config, device=notice.device)
             if is_alive:
                 self._writer.flush()
         except (FrameError, OSError):
@@ -134,6 +139,29 @@ class EngineLink:
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
+
+
+def config_of(settings: WorkerSettings) -> EngineConfig:
+    """Cut the engine's slice out of the settings; `auto` is left to the engine."""
+    kv_mb, target_ms = settings.kv_cache_mb, settings.target_step_ms
+    return EngineConfig(
+        model_folder=os.path.abspath(settings.model),
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
+        weights_dtype=settings.weights_dtype,
+        num_threads=settings.engine_threads or max(1, len(os.sched_getaffinity(0)) // 2),
+        kv_bytes=None if kv_mb == "auto" else kv_mb << 20,
+        gpu_memory_fraction=settings.gpu_memory_fraction,
+        block_size=settings.block_size,
+        max_seq_tokens=settings.max_seq_tokens or None,
+        max_num_seqs=0 if settings.max_num_seqs == "auto" else settings.max_num_seqs,
+        max_step_tokens=0 if settings.max_step_tokens == "auto" else settings.max_step_tokens,
+        target_step_ms=None if target_ms == "auto" else target_ms,
+        runner=settings.runner,
+        stub_step_ms=settings.stub_step_ms,
+        stub_lost_steps=settings.stub_lost_steps,
+    )
 
 
 def admission(job: RunningJob) -> Admit:

@@ -3,6 +3,7 @@
     starting -> ready      the engine's READY frame has come
     ready    -> draining   SIGTERM or SIGINT: `quiet`, then jobs finish or are handed back
     any      -> starting   the engine died: its jobs are handed back, a new engine is started
+    any      -> stopped    it died of its device for the second time: EngineBroken, after the stop
 
 The order of stopping, and why: intake first (nothing new), then the running jobs (finished, or
 handed back at the deadline, while leases are still renewed), then the engine (nobody needs it),
@@ -33,22 +34,23 @@ from headrace.contract.tokens import TokenLog
 from headrace.contract.wire import ModelCard, WorkerBeat
 from headrace.worker.courier import Courier
 from headrace.worker.endings import Endings
-from headrace.worker.engine_link import EngineLink
-from headrace.worker.frames import EngineConfig, Ready, Stop
+from headrace.worker.engine_link import EngineLink, config_of
+from headrace.worker.frames import Ready, Stop
 from headrace.worker.held import Held
 from headrace.worker.intake import Intake
 from headrace.worker.keeper import Keeper
 from headrace.worker.metrics import Metrics
+from headrace.worker.restarts import Restarts
 from headrace.worker.room import Room
 
-#: Seconds before a dead engine is started again: doubled each time, from the first to the second.
-RESTART_S = (0.5, 15.0)
-#: Seconds of work after which an engine counts as healthy, and the pause starts anew.
-HEALTHY_S = 60.0
 #: Seconds the model may take to load.
 LOAD_TIMEOUT_S = 900.0
 #: Seconds the endings may take to commit the last results when the worker stops.
 SETTLE_S = 15.0
+
+
+class EngineBroken(RuntimeError):
+    """No engine lives long on this device; everything in hand was handed back."""
 
 
 class Worker:
@@ -74,14 +76,13 @@ class Worker:
         self._streams, self._tokens = JobStreams(client), TokenLog(client)
         self._wake = WakeSubscription(client, self.model)
         self._held, self._metrics = Held(), Metrics()
-        self._room = Room(settings.max_num_seqs)
-        self._link = EngineLink(_engine_config(settings), environ)
+        self._room = Room()
+        self._link = EngineLink(config_of(settings), environ)
         self._deadline: float | None = None  # monotonic s at which running jobs are handed back
         self._started_ms = int(time.time() * 1000)
-        self._num_restarts = 0
+        self._restarts = Restarts()
+        self._broken: str | None = None  # why no engine is started any more
         self._num_signals = self._num_heeded = 0
-        self._pause_s = RESTART_S[0]
-        self._restart_at = 0.0
         self._is_stopped = threading.Event()
         shared = {"model": self.model, "worker": self.name, "streams": self._streams}
         self._endings = Endings(
@@ -124,7 +125,10 @@ class Worker:
     # -- run, quiet, stop --------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until `quiet` was called and everything in hand is done or handed back."""
+        """Serve until `quiet` was called and everything in hand is done or handed back.
+
+        ConfigurationError if the engine cannot start; EngineBroken if it cannot live.
+        """
         if self.settings.metrics_bind:
             self._metrics.serve(self.settings.metrics_bind)
         self._start_engine()
@@ -148,6 +152,8 @@ class Worker:
             self._keeper.stop()
             self._link.end()
             raise
+        if self._broken is not None:
+            raise EngineBroken(self._broken)
 
     def on_signal(self) -> None:
         """Ask for `quiet`; safe in a signal handler, which may interrupt a lock it would need."""
@@ -167,6 +173,8 @@ class Worker:
         self._intake.quiet()
 
     def _is_done(self) -> bool:
+        if self._broken is not None:
+            return True
         if self._deadline is None:
             return False
         is_empty = self._courier.num_jobs == 0 and len(self._held) == 0
@@ -212,7 +220,7 @@ class Worker:
         if not self._link.is_started:
             if self._courier.num_jobs:  # claimed before the engine died, delivered after
                 self._hand_back("no engine")
-            if now >= self._restart_at and self._deadline is None:
+            if now >= self._restarts.next_at and self._deadline is None:
                 self._start_engine()
             return
         if is_alive and self._link.ready is not None and self.state == "starting":
@@ -221,27 +229,26 @@ class Worker:
         limit_s = self.settings.step_timeout_s if self._link.ready else LOAD_TIMEOUT_S
         if is_alive and not has_work and self._link.ready:
             self._link.last_frame_at = now  # an idle engine is silent
-        if is_alive and now - self._link.last_frame_at <= limit_s:
-            if now - self._link.started_at > HEALTHY_S:
-                self._pause_s = RESTART_S[0]
-            return
-        self._engine_died("stuck" if is_alive else "ended")
+        if not is_alive or now - self._link.last_frame_at > limit_s:
+            self._engine_died("stuck" if is_alive else "ended")
 
     def _engine_died(self, why: str) -> None:
         fatal, was_ready = self._courier.fatal, self._link.ready is not None
+        now = time.monotonic()
+        served_s = now - self._link.ready_at if was_ready else 0.0
         status = self._link.end()
         self._room.closed()
         text = fatal.text if fatal else f"status {status}"
         log.event("engine.died", level=logging.ERROR, worker=self.name, why=why, text=text)
         self._hand_back("engine died")
-        if not was_ready and self._num_restarts == 0:
+        if not was_ready and self._restarts.num_deaths == 0:
             raise ConfigurationError(f"the engine cannot start: {text}")
         if self.state == "ready":
             self.state = "starting"
-        self._num_restarts += 1
-        self._metrics.engine_restarts.inc()
-        self._restart_at = time.monotonic() + self._pause_s
-        self._pause_s = min(self._pause_s * 2, RESTART_S[1])
+        if self._restarts.died(fatal and fatal.code, served_s, now):
+            self._metrics.engine_restarts.inc()
+        else:
+            self._broken = f"the engine died twice of what a restart does not cure: {text}"
 
     def _opened(self, ready: Ready) -> None:
         """The engine is ready: say what this worker serves."""
@@ -267,6 +274,8 @@ class Worker:
             kv_tokens=ready.num_blocks * ready.block_size,
             max_seq_tokens=ready.max_seq_tokens,
             load_s=ready.load_s,
+            device=ready.device,
+            max_num_seqs=ready.max_num_seqs,
         )
 
     # -- threads -----------------------------------------------------------------------------
@@ -302,7 +311,7 @@ class Worker:
             num_waiting=stats.num_waiting if has_work else 0,
             free_blocks=stats.free_blocks,
             total_blocks=stats.total_blocks,
-            engine_restarts=self._num_restarts,
+            engine_restarts=self._restarts.num_deaths,
         )
 
 
@@ -332,19 +341,3 @@ def _thread(name: str, run: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=guarded, name=name, daemon=True)
     thread.start()
     return thread
-
-
-def _engine_config(settings: WorkerSettings) -> EngineConfig:
-    """Cut the engine's slice out of the settings."""
-    return EngineConfig(
-        model_folder=os.path.abspath(settings.model),
-        dtype=settings.dtype,
-        num_threads=settings.engine_threads or max(1, len(os.sched_getaffinity(0)) // 2),
-        kv_bytes=settings.kv_cache_mb << 20,
-        block_size=settings.block_size,
-        max_seq_tokens=settings.max_seq_tokens or None,
-        max_num_seqs=settings.max_num_seqs,
-        max_step_tokens=settings.max_step_tokens,
-        runner=settings.runner,
-        stub_step_ms=settings.stub_step_ms,
-    )

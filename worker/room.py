@@ -15,9 +15,9 @@ import threading
 class Room:
     """Tokens and sequences left, under a lock."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs = 0
         self._room_tokens = 0
         self._reserved: dict[str, int] = {}  # job -> cost the engine has not accounted for yet
         self._unread: list[str] = []  # of those, jobs sent to the engine, in order
@@ -25,9 +25,10 @@ class Room:
         self._jobs: set[str] = set()
         self.max_seq_tokens = 0
 
-    def opened(self, room_tokens: int, max_seq_tokens: int) -> None:
+    def opened(self, room_tokens: int, max_seq_tokens: int, max_num_seqs: int) -> None:
         """A new engine is ready, with an empty pool."""
         with self._lock:
+            self._max_num_seqs = max_num_seqs
             self._room_tokens = room_tokens
             self.max_seq_tokens = max_seq_tokens
             self._num_sent = 0

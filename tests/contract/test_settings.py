@@ -96,6 +96,29 @@ def test_a_value_out_of_range_is_named_and_secrets_are_not_shown(name, value):
     assert "hunter2" not in caught.value.detail
 
 
+def test_what_depends_on_the_device_is_auto_or_a_number_in_range():
+    settings = WorkerSettings.from_env(STORES)
+    names = ("kv_cache_mb", "max_num_seqs", "max_step_tokens", "target_step_ms")
+    assert {getattr(settings, name) for name in names} == {"auto"}
+    given = {"HEADRACE_MAX_NUM_SEQS": "1024", "HEADRACE_TARGET_STEP_MS": "0"}
+    settings = WorkerSettings.from_env(STORES | given)
+    assert (settings.max_num_seqs, settings.target_step_ms) == (1024, 0.0)
+    assert WorkerSettings.from_env(settings.to_env()) == settings
+    for name, value in (
+        ("MAX_NUM_SEQS", "0"),
+        ("MAX_NUM_SEQS", "5000"),
+        ("MAX_STEP_TOKENS", "15"),
+        ("MAX_STEP_TOKENS", "many"),
+        ("KV_CACHE_MB", "-1"),
+        ("TARGET_STEP_MS", "nan"),
+        ("GPU_MEMORY_FRACTION", "1"),
+        ("DEVICE", "tpu"),
+        ("KV_DTYPE", "int4"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"HEADRACE_{name}"):
+            WorkerSettings.from_env(STORES | {f"HEADRACE_{name}": value})
+
+
 def test_all_faults_are_told_at_once():
     with pytest.raises(ConfigurationError) as caught:
         TasksSettings.from_env(STORES | {"HEADRACE_LEASE_S": "x", "HEADRACE_RETENTION_DAYS": "0"})

@@ -113,6 +113,37 @@ def test_workers_engines_and_both_are_killed_while_jobs_run(fleet):
     assert max(attempts) > 1, "some jobs were taken over"
 
 
+def test_a_device_lost_twice_ends_its_worker_and_others_finish_the_jobs(fleet):
+    for name in WORKERS:
+        assert fleet.end(name) == 0
+    fleet.start_worker("broken", HEADRACE_STUB_LOST_STEPS="15")
+
+    def faults() -> None:
+        broken = fleet.processes["broken"]
+        try:
+            assert broken.wait(PATIENCE_S) == 3
+        finally:
+            fleet.kill_group("broken")
+        for name in WORKERS:
+            fleet.start_worker(name)
+
+    subscribers = run_jobs(fleet, 12, faults)
+    said = (fleet.folder / "broken.log").read_text()
+    assert said.count("engine.started") == said.count("engine.died") == 2
+    assert "headrace worker: the engine died twice" in said.splitlines()[-1]
+    assert "worker.stopped" in said, "an orderly stop: no job waits for its lease to run out"
+    attempts = [fleet.job(each.job)["attempt"] for each in subscribers]
+    assert max(attempts) > 2, "some jobs were in both engines' hands"
+
+
+def test_a_pool_that_the_machine_does_not_have_ends_the_worker_with_the_bytes(fleet):
+    settings = {"HEADRACE_RUNNER": "model", "HEADRACE_KV_CACHE_MB": "4000000"}
+    fleet.start("large", "worker", HEADRACE_WORKER_ID="large", **settings)
+    assert fleet.processes.pop("large").wait(PATIENCE_S) == 2
+    (last,) = (fleet.folder / "large.log").read_text().splitlines()[-1:]
+    assert "the engine cannot start: KV pool of 4,194,3" in last
+
+
 def test_redis_is_unreachable_for_longer_than_a_lease(fleet):
     def faults() -> None:
         fleet.redis_door.cut()

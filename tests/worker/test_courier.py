@@ -18,7 +18,9 @@ from headrace.worker.frames import (
     Admit,
     Cancel,
     Failure,
+    Ready,
     Reason,
+    StartStage,
     StepFrame,
     StepStats,
 )
@@ -115,6 +117,25 @@ def test_tokens_are_logged_and_the_end_is_passed_on(loop):
     loop.bench.settle()
     row = loop.bench.row(job_id)
     assert (row["output_text"], row["finish_reason"]) == ("hi", FinishReason.STOP)
+
+
+def test_a_ready_engine_opens_the_room_and_its_start_is_told(loop, caplog):
+    stages = [StartStage("process and imports", 3.5, 0), StartStage("KV pool", 0.25, 1 << 30)]
+    loop.bench.room.closed()
+    with caplog.at_level("INFO", "headrace"):
+        loop.link.notices.append(Ready(10, 16, 128, 300, "bfloat16", 0.5, "cuda", 32, stages))
+        loop.turn()
+    assert loop.bench.room.left() == (160, 32)
+    assert loop.rings == 1
+    (line,) = [line for line in caplog.messages if line.startswith("engine.opened")]
+    assert "device=cuda process_and_imports_s=3.5 process_and_imports_bytes=0" in line
+    assert "kv_pool_s=0.25 kv_pool_bytes=1073741824" in line
+    found = loop.bench.metrics.registry.get_sample_value
+    pool = {"stage": "KV pool"}
+    assert found("headrace_engine_start_seconds", pool) == 0.25
+    assert found("headrace_engine_start_bytes", pool) == 1 << 30
+    loop.bench.metrics.started(stages[:1])
+    assert found("headrace_engine_start_seconds", pool) is None
 
 
 def test_a_stop_string_ends_the_job_and_cancels_the_sequence(loop):

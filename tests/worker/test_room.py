@@ -4,14 +4,14 @@ from headrace.worker.room import Room
 
 
 def opened() -> Room:
-    room = Room(max_num_seqs=4)
-    room.opened(1000, 500)
+    room = Room()
+    room.opened(1000, 500, max_num_seqs=4)
     return room
 
 
 def test_without_an_engine_nothing_fits():
-    room = Room(max_num_seqs=4)
-    assert room.left() == (0, 4)
+    room = Room()
+    assert room.left() == (0, 0)
     assert room.is_idle
 
 
