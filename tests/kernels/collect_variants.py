@@ -7,11 +7,12 @@ and what two passes of compiling left in Triton's cache.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton import knobs
-from triton.runtime.jit import JITFunction
+from triton.runtime import JITFunction
 
 from headrace.kernels import checks
 from headrace.kernels import step as layout
@@ -59,13 +60,14 @@ def real_keys() -> list[str]:
         found.append(f"{fn.name} {key}")
         return True
 
-    run = JITFunction.run
+    kernels: Any = JITFunction
+    run = kernels.run
 
     def launch(kernel, *args, grid, warmup, **options):
         return run(kernel, *args, grid=grid, warmup=True, **options)
 
     with collecting(HOPPER):  # for its driver; the keys are made by Triton alone
-        JITFunction.run, knobs.runtime.jit_cache_hook = launch, note
+        kernels.run, knobs.runtime.jit_cache_hook = launch, note
         launches(torch.device("cpu"))
     return sorted(set(found))
 

@@ -7,7 +7,8 @@ the cache goes.
 
 Invariants:
  1. With the stamp nothing is started; without a GPU neither.
- 2. The stamp is written when the start has launched everything, so it is true whatever failed.
+ 2. The stamp is written when the start has launched all it captures, so those kernels are in the
+    cache whatever failed here.
  3. What is not compiled here (a failure, a limit of time) is compiled when it is met.
  4. No process outlives the `with` that they are used in, nor the engine.
 

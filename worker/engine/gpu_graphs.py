@@ -8,7 +8,8 @@ Invariants:
  1. A captured launch is not run by the capture; `run` replays it, so a step has its effect once.
  2. A bucket is at least the rows asked for, and the largest is what the engine can ask for.
 
-On a device without graphs (the CPU, where Triton interprets) `run` just launches.
+On a device without graphs (the CPU, where Triton interprets) `run` just launches. On the meta
+device, where launches have no effect, `prepare` launches: gpu_compile.py notes the kernels.
 
 Owned by gpu_runner.py.
 """
@@ -44,7 +45,7 @@ class Graphs:
     def prepare(self, key: Hashable, launch: Callable[[], None]) -> None:
         """Capture the launches of this key without running them."""
         if self._is_meta:
-            launch()  # to no effect: gpu_compile.py notes which kernels it is made of
+            launch()
         elif self._is_captured and key not in self._graphs:
             self._graphs[key] = self.capture(launch)
 

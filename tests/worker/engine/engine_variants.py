@@ -8,10 +8,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton import knobs
-from triton.runtime.jit import JITFunction
+from triton.runtime import JITFunction
 
 from headrace.kernels import checks
 from headrace.kernels.precompile import Variant, collecting
@@ -37,20 +38,22 @@ def whole(config: EngineConfig, arch: Architecture) -> list[str]:
 def on_real_tensors(config: EngineConfig, arch: Architecture) -> list[str]:
     """Return the keys that Triton makes of CPU tensors with addresses, by itself."""
     checks.is_interpreted = lambda: True  # else launchers refuse the CPU
-    Graphs.prepare = lambda self, key, launch: launch()
+    graphs: Any = Graphs
+    graphs.prepare = lambda self, key, launch: launch()
     found: set[str] = set()
 
     def note(*, key, fn, **_):
         found.add(f"{fn.name} {key}")
         return True
 
-    run = JITFunction.run
+    kernels: Any = JITFunction
+    run = kernels.run
 
     def launch(kernel, *args, grid, warmup, **options):
         return run(kernel, *args, grid=grid, warmup=True, **options)
 
     with collecting(HOPPER), torch.inference_mode():
-        JITFunction.run, knobs.runtime.jit_cache_hook = launch, note
+        kernels.run, knobs.runtime.jit_cache_hook = launch, note
         take_steps(config, arch, NAME, torch.device("cpu"))
     return sorted(found)
 
