@@ -1,6 +1,8 @@
 """Identifiers: UUIDv7 with a prefix, so that ids sort by time and say what they name.
 
-`job_` + 32 hex digits. RFC 9562 section 5.7: 48 bits of milliseconds, 74 random bits.
+`job_` + 32 hex digits. RFC 9562 section 5.7: 48 bits of milliseconds, then (section 6.2, method 3)
+12 bits that say where in the millisecond, to a quarter of a microsecond, then 62 random bits. So
+ids made one after another in a process sort in that order: lists are newest first.
 
 Called by: gateway (jobs), ledger (keys, tenants), worker (its own name).
 """
@@ -16,10 +18,10 @@ _JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 
 def uuid7_hex() -> str:
     """Return a fresh UUIDv7 as 32 hex digits."""
-    milliseconds = time.time_ns() // 1_000_000
-    random = int.from_bytes(os.urandom(10), "big")
+    milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
+    random = int.from_bytes(os.urandom(8), "big")
     value = (milliseconds & (1 << 48) - 1) << 80
-    value |= 0x7 << 76 | (random >> 68 & 0xFFF) << 64
+    value |= 0x7 << 76 | (nanoseconds * 4096 // 1_000_000) << 64
     value |= 0b10 << 62 | random & (1 << 62) - 1
     return f"{value:032x}"
 

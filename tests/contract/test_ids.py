@@ -19,8 +19,16 @@ def test_an_id_is_a_uuid7_of_now():
 def test_ids_differ_and_sort_by_time():
     made = [uuid7_hex() for _ in range(2000)]
     assert len(set(made)) == len(made)
-    times = [h[:12] for h in made]
+    times = [h[:16] for h in made]  # milliseconds and the place within
     assert times == sorted(times)
+
+
+def test_ids_of_one_millisecond_sort_in_the_order_they_were_made(monkeypatch):
+    """Lists are newest first by id: a random order within the millisecond would mix them up."""
+    clock = iter(range(10**18, 10**18 + 900_000, 1000))  # ns: one each microsecond of one ms
+    monkeypatch.setattr("headrace.contract.ids.time.time_ns", lambda: next(clock))
+    made = [uuid7_hex() for _ in range(900)]
+    assert made == sorted(made)
 
 
 @pytest.mark.parametrize(
