@@ -190,7 +190,7 @@ class WorkerSettings(StoreSettings):
     gpu_memory_fraction: Annotated[
         float,
         Field(ge=0.1, le=0.98, description="Share of a GPU's memory the engine may take in all."),
-    ] = 0.9
+    ] = 0.92
     engine_threads: Annotated[
         int,
         Field(ge=0, le=256, description="CPU threads of the engine; 0: half the cores it may use."),
