@@ -18,7 +18,8 @@ Called by: runner.build_runner; loop.py drives it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,20 +74,16 @@ class GpuRunner:
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
         """Start a step."""
-        try:
+        with _device_faults():
             self._submit(batch)
-        except torch.AcceleratorError as error:
-            raise _lost(error) from error
 
     @torch.inference_mode()
     def collect(self) -> Sampled:
         """Wait for the oldest step and return its results."""
         step = self._in_flight.popleft()
-        try:
+        with _device_faults():
             if step.done is not None:
                 step.done.synchronize()
-        except torch.AcceleratorError as error:
-            raise _lost(error) from error
         tokens, flags = self._state.ring[step.number % RING_STEPS, :, : step.num_due].numpy().copy()
         has_lived = (flags & layout.LIVED) != 0
         return Sampled(
@@ -240,8 +237,20 @@ class GpuRunner:
         }
 
 
-def _lost(error: Exception) -> DeviceLost:
-    return DeviceLost(
-        f"the GPU failed in mid-run: {error}; the engine ends and its work is handed back: see "
-        "nvidia-smi and the kernel's log for the cause (Xid), then restart the worker"
-    )
+@contextmanager
+def _device_faults() -> Iterator[None]:
+    """Raise what the device or its libraries fail with as DeviceLost; all else as it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has a class of its own for faults of the runtime; cuBLAS's and Triton's are told
+        # apart by their texts alone.
+        is_fault = isinstance(error, torch.AcceleratorError) or any(
+            mark in str(error) for mark in ("CUDA error", "CUBLAS_STATUS", "Triton Error [CUDA]")
+        )
+        if not is_fault or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DeviceLost(
+            f"the GPU failed in mid-run: {error}; the engine ends and its work is handed back: see "
+            "nvidia-smi and the kernel's log for the cause (Xid), then restart the worker"
+        ) from error

@@ -8,7 +8,7 @@ import transformers
 from headrace.tests.worker.engine.conftest import Harness
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
 from headrace.worker.engine.gpu_start import build_gpu_runner
-from headrace.worker.engine.runner import build_runner
+from headrace.worker.engine.runner import DeviceLost, build_runner
 from headrace.worker.frames import EngineConfig, SamplingParams
 
 pytestmark = [
@@ -188,3 +188,27 @@ def test_a_pool_that_does_not_fit_is_refused_in_bytes(saved):
     folder, _ = saved("llama")
     with pytest.raises(MemoryError, match="bytes in blocks of"):
         harness_of(folder, num_blocks=1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.AcceleratorError("an illegal memory access was encountered"), DeviceLost),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling"), DeviceLost),
+        (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), DeviceLost),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+    ],
+)
+def test_a_fault_of_the_device_is_told_from_one_of_ours(saved, monkeypatch, error, raised):
+    folder, _ = saved("llama")
+    harness = harness_of(folder)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(harness.runner._graphs, "run", fail)
+    harness.add([5, 6], 4)
+    with pytest.raises(raised) as found:
+        harness.step()
+    assert type(found.value) is raised
