@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bench import engine_peers, engine_rows, workload
+from headrace.bench.children import child_environ
 from headrace.bench.engine_log import Figures, RunError, RunLog, figures
 from headrace.bench.engine_ours import EngineOptions, OursDriver
 from headrace.bench.engine_requests import WORKLOADS, make_requests, make_warm_up
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.check:
         command = [sys.executable, "-m", "headrace.bench.kernels", "--quick", "--check"]
-        if subprocess.run(command).returncode:
+        if subprocess.run(command, env=child_environ()).returncode:
             print("a kernel is wrong or broken (above): nothing is measured", file=sys.stderr)
             return 1
     with tempfile.TemporaryDirectory() as root:

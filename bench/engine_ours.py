@@ -18,7 +18,6 @@ Called by: engine.py.
 from __future__ import annotations
 
 import json
-import os
 import select
 import socket
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from headrace.bench.children import child_environ
 from headrace.bench.engine_log import RunError, RunLog
 from headrace.bench.roofline import Request
 from headrace.worker import frames
@@ -99,7 +99,7 @@ class OursDriver:
         config = json.dumps(msgspec.to_builtins(build_config(model_folder, options)))
         command = [sys.executable, "-m", "headrace.worker.engine.loop"]
         command += ["--fd", str(theirs.fileno()), "--config", config]
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("HEADRACE_")}
+        environ = {k: v for k, v in child_environ().items() if not k.startswith("HEADRACE_")}
         with theirs:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environ)
         self._socket = ours

@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from headrace.bench.children import child_environ
 from headrace.bench.engine_log import RunLog
 from headrace.bench.engine_requests import make_requests, make_warm_up
 from headrace.bench.roofline import Request
@@ -109,6 +110,7 @@ def run_peer(job: PeerJob, start_s: float) -> Iterator[Event]:
         text=True,
         errors="replace",
         start_new_session=True,
+        env=child_environ(),
     )
     lines: queue.Queue[str | None] = queue.Queue()
     reader = threading.Thread(target=_read, args=(process, lines))

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from headrace.bench.children import child_environ
+
 
 class DeviceLost(Exception):
     """A case left its process' device in a state in which nothing more can run."""
@@ -96,6 +98,7 @@ def _follow(share: _Share, command: Sequence[str], deadline_s: float) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env=child_environ(),
         ) as process:
             timer = threading.Timer(left_s, process.kill)
             timer.start()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headrace.bench import kernels
+from headrace.bench.children import child_environ
 from headrace.bench.kernels import Case, Limits, Outcome
 
 
@@ -113,7 +114,7 @@ def test_an_unknown_part_is_refused(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_it_says_so_and_ends_well():
     command = [sys.executable, "-m", "headrace.bench.kernels", "copy"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=child_environ())
     assert (done.returncode, done.stderr) == (0, "")
     assert "no GPU here" in done.stdout
 
