@@ -18,7 +18,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -87,6 +87,17 @@ class Machine:
                 continue
         return cls(device or _cpu_name(), driver or None, versions, commit or _commit())
 
+    def values(self, program: str, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return what every kind of row begins with: when, where, and by which command."""
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": self.device,
+            "driver": self.driver,
+            "versions": self.versions,
+            "commit": self.commit,
+            "command": " ".join([f"python -m bench.{program}", *arguments]),
+        }
+
     @property
     def file_name(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-") + ".jsonl"
@@ -95,12 +106,7 @@ class Machine:
 def make_row(machine: Machine, values: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a row's values with the machine's, in the schema's order."""
     row = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": machine.device,
-        "driver": machine.driver,
-        "versions": machine.versions,
-        "commit": machine.commit,
-        "command": " ".join(["python -m bench.engine", *sys.argv[1:]]),
+        **machine.values("engine", sys.argv[1:]),
         "load_average": round(os.getloadavg()[0], 2),
         "start_ledger": {},
         **values,

@@ -39,7 +39,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ from headrace.worker.engine import gpu_start
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
 from headrace.worker.engine.gpu_model import GpuModel, KvCache
 from headrace.worker.engine.gpu_state import DeviceState
-from headrace.worker.engine.weights import LayerWeights, Weights, load_weights, random_weights
+from headrace.worker.engine.weights import LayerWeights, Weights, obtain_weights
 from headrace.worker.frames import EngineConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -153,10 +152,9 @@ class Subject:
             )
 
     def _variants(self, folder: Path, *, has_fp32: bool) -> Iterator[Variant]:
-        if self.is_random:
-            weights = random_weights(self.arch, torch.bfloat16, self._device)
-        else:
-            weights = load_weights(folder, self.arch, torch.bfloat16, self._device)
+        weights = obtain_weights(
+            folder, self.arch, torch.bfloat16, self._device, is_random=self.is_random
+        )
         wide, narrow = (self._model(weights, is_w8a8=is_w8a8) for is_w8a8 in (False, True))
         yield Variant("bf16", wide, self._cache("auto", wide))
         yield Variant("kv fp8", wide, self._cache("fp8", wide))
@@ -376,12 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"bench.fp8_error: {error}", file=sys.stderr)
             return 2
     row = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": machine.device,
-        "driver": machine.driver,
-        "versions": machine.versions,
-        "commit": machine.commit,
-        "command": " ".join(["python -m bench.fp8_error", *(arguments or sys.argv[1:])]),
+        **machine.values("fp8_error", arguments or sys.argv[1:]),
         **figures,
     }
     options.results.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,7 @@ class Graphs:
         if not self._is_captured:
             launch()
             return
-        if key not in self._graphs:
-            self._graphs[key] = self.capture(launch)
+        self.prepare(key, launch)
         self._graphs[key].replay()
 
     def prepare(self, key: Hashable, launch: Callable[[], None]) -> None:

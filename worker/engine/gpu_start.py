@@ -18,7 +18,6 @@ Called by: runner.build_runner; gpu_compile.py takes the same steps on the meta 
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -35,12 +34,7 @@ from headrace.worker.engine.gpu_model import GpuModel, KvCache, Need
 from headrace.worker.engine.gpu_runner import GpuRunner
 from headrace.worker.engine.gpu_state import DeviceState
 from headrace.worker.engine.startup import StartupLedger
-from headrace.worker.engine.weights import (
-    Weights,
-    expected_shapes,
-    load_weights,
-    random_weights,
-)
+from headrace.worker.engine.weights import Weights, count_weights, obtain_weights
 from headrace.worker.frames import EngineConfig
 
 #: steps in flight before the oldest is collected: the device works on one while the host reads
@@ -72,7 +66,7 @@ def build_gpu_runner(
         compilers = start_compilers(config, arch, device)
     with compilers:
         with ledger.stage("weights"):
-            weights = _load(config, folder, arch, dtype, device)
+            weights = obtain_weights(folder, arch, dtype, device, is_random=config.random_weights)
         with ledger.stage("state"):
             state = make_state(config, arch, device)
             model = make_model(config, arch, weights, state, _device_name(device))
@@ -150,7 +144,7 @@ def _refuse_too_large(
     if device.type != "cuda":
         return
     free = torch.cuda.mem_get_info()[0]
-    weights = sum(math.prod(shape) for shape in expected_shapes(arch).values()) * dtype.itemsize
+    weights = count_weights(arch) * dtype.itemsize
     block = _block_bytes(config, arch, dtype)
     least = weights + block + GRAPH_BYTES
     if least > free:
@@ -159,18 +153,6 @@ def _refuse_too_large(
             f"{block:,} for one block of KV, {GRAPH_BYTES:,} for steps); {free:,} are free: use a "
             "larger GPU or a smaller model, or end what else uses this one"
         )
-
-
-def _load(
-    config: EngineConfig,
-    folder: Path,
-    arch: Architecture,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Weights:
-    if config.random_weights:
-        return random_weights(arch, dtype, device)
-    return load_weights(folder, arch, dtype, device)
 
 
 def try_step(

@@ -155,10 +155,9 @@ class DeviceState:
 
     def send_decodes(self, slots: np.ndarray, bucket: int) -> None:
         """Name the slots of a step of decodes alone, unless they are those of the last one."""
-        padded = np.full(bucket, -1, np.int32)
-        padded[: len(slots)] = slots
+        padded = _padded(slots, bucket)
         if not np.array_equal(padded, self._sent_decodes):
-            self._staging.send(padded, self.decode_slots[:bucket])
+            self.send(padded, self.decode_slots)
             self._sent_decodes = padded
 
     def send(self, values: np.ndarray, to: torch.Tensor) -> None:
@@ -167,9 +166,7 @@ class DeviceState:
 
     def send_padded(self, values: np.ndarray, to: torch.Tensor) -> None:
         """Copy int32 numbers to an input, and fill the rest of it with -1."""
-        padded = np.full(len(to), -1, np.int32)
-        padded[: len(values)] = values
-        self.send(padded, to)
+        self.send(_padded(values, len(to)), to)
 
 
 class _Staging:
@@ -221,6 +218,12 @@ def _slot_words(seq: Sequence) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray
     ids = np.array(list(params.logit_bias), np.int32)
     values = np.array(list(params.logit_bias.values()), np.float32).view(np.int32)
     return words, (ids, values)
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:  # [length] int32
+    padded = np.full(length, -1, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 def _pinned(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -12,7 +12,6 @@ Called by: loop.py.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import deque
@@ -32,7 +31,7 @@ from headrace.worker.engine.model import forward
 from headrace.worker.engine.sampling import Sampled
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.startup import StartupLedger, fill_limits
-from headrace.worker.engine.weights import Weights, expected_shapes, load_weights, random_weights
+from headrace.worker.engine.weights import Weights, count_weights, obtain_weights
 from headrace.worker.frames import EngineConfig
 
 #: ids below are left to special tokens, so that a stub's token never is a stop token by chance.
@@ -107,12 +106,8 @@ def _build_cpu_runner(
     num_blocks: int,
     ledger: StartupLedger,
 ) -> CpuRunner:
-    num_values = sum(math.prod(shape) for shape in expected_shapes(arch).values())
-    with ledger.stage("weights", num_values * dtype.itemsize):
-        if config.random_weights:
-            weights = random_weights(arch, dtype)
-        else:
-            weights = load_weights(folder, arch, dtype)
+    with ledger.stage("weights", count_weights(arch) * dtype.itemsize):
+        weights = obtain_weights(folder, arch, dtype, is_random=config.random_weights)
     pool_tokens = num_blocks * config.block_size
     with ledger.stage("pool", pool_tokens * arch.kv_bytes_per_token * dtype.itemsize):
         return CpuRunner(arch, weights, config.block_size, num_blocks)

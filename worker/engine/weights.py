@@ -10,6 +10,7 @@ Called by: runner.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,25 @@ class Weights:
 
 #: standard deviation of random weights, as transformers initialises these models.
 RANDOM_STD = 0.02
+
+
+def count_weights(arch: Architecture) -> int:
+    """Return how many numbers the model has."""
+    return sum(math.prod(shape) for shape in expected_shapes(arch).values())
+
+
+def obtain_weights(
+    folder: Path,
+    arch: Architecture,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    *,
+    is_random: bool,
+) -> Weights:
+    """Read the folder's weights, or make random ones, for which its config.json is enough."""
+    if is_random:
+        return random_weights(arch, dtype, device)
+    return load_weights(folder, arch, dtype, device)
 
 
 def load_weights(
