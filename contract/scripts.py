@@ -239,8 +239,11 @@ RESTORE = """
 -- This Redis lost the job while its worker ran on: the worker puts back what it knows.
 local P, job, attempt = ARGV[1], ARGV[3], tonumber(ARGV[4])
 local hash = P..'job:'..job
-local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry', 'end')
+local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry', 'end', 'gen', 'next')
 if h[4] or (h[1] and tonumber(h[1]) > attempt) then return 0 end
+-- A flush whose reply was lost may have logged, and shown, more than the worker knows of.
+local is_longer = h[1] and tonumber(h[1]) == attempt and h[5] == ARGV[5]
+  and tonumber(h[6] or '0') > tonumber(ARGV[6]) and redis.call('EXISTS', P..'log:'..job) == 1
 if h[2] then  -- a relay enqueued it again meanwhile: that entry goes, ours replaces it
   redis.pcall('XACK', P..'lane:'..h[2], 'workers', h[3])
   redis.pcall('XDEL', P..'lane:'..h[2], h[3])
@@ -254,10 +257,13 @@ local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[8], 'cost', 
 redis.call('XREADGROUP', 'GROUP', 'workers', ARGV[2], 'STREAMS', stream, '>')
 redis.call('SADD', P..'held', lane)
 redis.call('HSET', hash, 'lane', lane, 'entry', id, 'attempt', attempt, 'gen', ARGV[5],
-           'next', ARGV[6], 'worker', ARGV[2])
+           'worker', ARGV[2])
 redis.call('EXPIRE', hash, ARGV[10])
-redis.call('DEL', P..'log:'..job)
-for i = 11, #ARGV do redis.call('RPUSH', P..'log:'..job, ARGV[i]) end
+if not is_longer then
+  redis.call('HSET', hash, 'next', ARGV[6])
+  redis.call('DEL', P..'log:'..job)
+  for i = 11, #ARGV do redis.call('RPUSH', P..'log:'..job, ARGV[i]) end
+end
 redis.call('EXPIRE', P..'log:'..job, ARGV[10])
 return 1
 """
@@ -341,7 +347,8 @@ for _, item in ipairs(cmsgpack.unpack(ARGV[4])) do
   else
     local next_index = tonumber(h[2] or '0')
     if first + count <= next_index then state = 1
-    elseif first ~= next_index then state = 3
+    elseif first < next_index then state = -next_index  -- the rest is asked for
+    elseif first > next_index then state = 3
     else
       state = 0
       redis.call('RPUSH', P..'log:'..job, payload)

@@ -4,7 +4,8 @@ Invariants:
 1. Logged before seen (design invariant 3): one script appends to the log and then publishes; no
    other code publishes tokens.
 2. Contiguous: an append whose first index is not the log's next one is refused; one that was
-   already made (a repeat after an unknown outcome) changes nothing and publishes nothing.
+   already made (a repeat after an unknown outcome), wholly or in its beginning, changes nothing and
+   publishes nothing, and the writer is told from where to go on.
 3. Fenced (design invariant 5): a write by an attempt older than the job's newest is refused and
    reported as stale; `fence` is what makes an attempt the newest.
 4. One end: the end record is appended once; nothing is appended after it.
@@ -39,6 +40,13 @@ class Append(IntEnum):
     REPEATED = 1  # it was in the log already
     STALE = 2  # a newer attempt has the job, or it has ended: drop it
     BROKEN = 3  # the log is not where the writer believes (Redis lost it): restore, then repeat
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """The chunk's beginning was logged by a flush whose reply was lost: send it from `next` on."""
+
+    next: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,9 @@ class TokenLog:
         chunks = tuple(m for m in map(wire.decode, reply[3]) if isinstance(m, wire.TokenChunk))
         return Fenced(gen=int(reply[1]), is_canceled=bool(reply[2]), log=chunks)
 
-    def append(self, model: str, chunks: Sequence[tuple[str, wire.TokenChunk]]) -> list[Append]:
+    def append(
+        self, model: str, chunks: Sequence[tuple[str, wire.TokenChunk]]
+    ) -> list[Append | Overlap]:
         """Append (tenant, chunk) pairs to their logs and publish them: one command."""
         payloads = [wire.encode(chunk) for _, chunk in chunks]
         items = [
@@ -107,7 +117,7 @@ class TokenLog:
         args += [msgspec.msgpack.encode(items), b"".join(payloads)]
         with redis_errors("append to token logs"):
             reply = cast("list[int]", self._append(keys=[keys.prefix(model) + "lanes"], args=args))
-        return [Append(state) for state in reply]
+        return [Overlap(-state) if state < 0 else Append(state) for state in reply]
 
     def announce(self, model: str, started: Sequence[wire.JobStarted]) -> None:
         """Publish that attempts have started; a stale one is dropped."""

@@ -249,9 +249,10 @@ class Courier:
         for job, state in self._emitter.log(self._by_id.values()):
             if state is Append.STALE:
                 self._lose(job.job, job.attempt)
-            elif state is Append.BROKEN:
+                continue
+            if state is Append.BROKEN:
                 self._restore(job.job, job.attempt)
-                self._flush_at = time.monotonic() + RETRY_S
+            self._flush_at = time.monotonic() + (RETRY_S if state is Append.BROKEN else 0.0)
         if self._emitter.is_delayed:
             self._flush_at = time.monotonic() + RETRY_S
         for job in [j for j in self._by_id.values() if j.ending is not None]:
@@ -297,7 +298,6 @@ class Courier:
         job = self._by_id.get(job_id)
         if job is None or job.attempt != attempt:
             return
-        chunk = job.logged_chunk()
         try:
             is_ours = self._streams.restore(
                 job.spec,
@@ -305,7 +305,7 @@ class Courier:
                 job.claim.cost_tokens,
                 attempt=attempt,
                 gen=job.gen,
-                log=[chunk] if chunk else [],
+                log=job.logged_chunks(),
             )
         except Unavailable:
             return  # the next renewal says so again

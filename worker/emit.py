@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from headrace.contract import log
 from headrace.contract.errors import Unavailable
-from headrace.contract.tokens import Append, TokenLog
+from headrace.contract.tokens import Append, Overlap, TokenLog
 from headrace.worker.metrics import Metrics
 from headrace.worker.running import RunningJob
 
@@ -44,8 +44,8 @@ class Emitter:
         since = self._failing_since
         return since is not None and time.monotonic() - since > PATIENCE_S
 
-    def log(self, jobs: Iterable[RunningJob]) -> list[tuple[RunningJob, Append]]:
-        """Append and publish the jobs' new tokens; return those whose log refused them."""
+    def log(self, jobs: Iterable[RunningJob]) -> list[tuple[RunningJob, Append | Overlap]]:
+        """Append and publish the jobs' new tokens; return those whose log did not take them all."""
         pending = [(job, chunk) for job in jobs if (chunk := job.chunk()) is not None]
         if not pending:
             self._failing_since = None
@@ -62,13 +62,18 @@ class Emitter:
                 )
             return []
         self._failing_since = None
-        refused: list[tuple[RunningJob, Append]] = []
+        refused: list[tuple[RunningJob, Append | Overlap]] = []
         for (job, chunk), state in zip(pending, states, strict=True):
             if state in (Append.LOGGED, Append.REPEATED):
-                self._metrics.tokens.inc(chunk.next - job.num_logged)
-                job.num_logged = chunk.next
-            else:
-                if state is Append.STALE:
-                    self._metrics.stale_writes.labels(at="log").inc()
-                refused.append((job, state))
+                self._logged(job, chunk.next)
+                continue
+            if isinstance(state, Overlap):
+                self._logged(job, state.next)
+            elif state is Append.STALE:
+                self._metrics.stale_writes.labels(at="log").inc()
+            refused.append((job, state))
         return refused
+
+    def _logged(self, job: RunningJob, next_index: int) -> None:
+        self._metrics.tokens.inc(next_index - job.num_logged)
+        job.num_logged = next_index

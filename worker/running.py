@@ -49,6 +49,7 @@ class RunningJob:
     ends: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_logged: int = 0
+    resumed: tuple[TokenChunk, ...] = ()  # what earlier attempts logged
     cached_tokens: int = 0
     ending: Ending | None = None
 
@@ -58,6 +59,7 @@ class RunningJob:
 
     def resume(self, log: Sequence[TokenChunk]) -> None:
         """Take over what earlier attempts logged; sets `ending` if that was the whole output."""
+        self.resumed = tuple(log)
         for chunk in log:
             self.ids += chunk.ids
             start = 0
@@ -143,9 +145,14 @@ class RunningJob:
         """Return the tokens not yet logged as one chunk; None when there are none."""
         return self._cut(self.num_logged, len(self.ids))
 
-    def logged_chunk(self) -> TokenChunk | None:
-        """Return everything the log holds as one chunk: what `restore` puts back."""
-        return self._cut(0, self.num_logged)
+    def logged_chunks(self) -> list[TokenChunk]:
+        """Return everything the log holds, as `restore` puts it back.
+
+        Chunks of earlier attempts stay theirs: a chunk of this attempt from before its own first
+        token would tell subscribers that tokens are made again.
+        """
+        own = self._cut(self.resumed[-1].next if self.resumed else 0, self.num_logged)
+        return [*self.resumed, own] if own else list(self.resumed)
 
     def _cut(self, first: int, last: int) -> TokenChunk | None:
         """Return tokens first to last - 1."""

@@ -6,6 +6,7 @@ import time
 
 from headrace.contract import keys, wire
 from headrace.contract.streams import Workers
+from headrace.contract.tokens import Overlap
 
 MODEL = "tiny/model: a {b}"
 LONG_MS = 60_000
@@ -51,6 +52,23 @@ def test_restore_replaces_the_entry_a_relay_made_meanwhile(streams, tokens, spec
     assert streams.restore(spec, "w1", 1, attempt=1, gen=0, log=[])
     assert claim(streams, "w2").claims == ()
     assert [c.job for c in claim(streams, "w2", lease_ms=0).claims] == [spec.job]
+
+
+def test_restore_never_shortens_a_log_that_is_there(streams, tokens, spec_for, chunk_of, client):
+    # The last append was made and its reply lost: subscribers may have seen what the worker
+    # does not know to be logged.
+    spec = spec_for()
+    streams.enqueue(spec, 1)
+    claim(streams, "w1")
+    tokens.fence(MODEL, spec.job, 1, "w1")
+    log = [chunk_of(spec.job, 1, 0, 3), chunk_of(spec.job, 1, 3, 2)]
+    tokens.append(MODEL, [("tenant_a", chunk) for chunk in log])
+    assert streams.restore(spec, "w1", 1, attempt=1, gen=0, log=log[:1])
+    assert tokens.read(MODEL, spec.job).chunks == tuple(log)
+    assert tokens.append(MODEL, [("tenant_a", chunk_of(spec.job, 1, 3, 3))]) == [Overlap(5)]
+    client.delete(keys.token_log(MODEL, spec.job))  # evicted: what the worker knows is all there is
+    assert streams.restore(spec, "w1", 1, attempt=1, gen=0, log=log[:1])
+    assert tokens.read(MODEL, spec.job).chunks == tuple(log[:1])
 
 
 def test_restore_is_refused_once_a_newer_attempt_has_the_job(streams, tokens, spec_for, chunk_of):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headrace.contract import keys, wire
 from headrace.contract.errors import QueueUnavailable
 from headrace.contract.redis_client import connect
-from headrace.contract.tokens import Append, Position, ShardSubscription, TokenLog
+from headrace.contract.tokens import Append, Overlap, Position, ShardSubscription, TokenLog
 
 MODEL = "tiny/model: a {b}"
 LOGGED, REPEATED, STALE, BROKEN = Append
@@ -65,9 +65,22 @@ def test_invariant_2_the_log_is_contiguous(tokens, chunk_of):
     assert append(tokens, chunk_of("job_1", 1, 3, 1), chunk_of("job_1", 1, 4, 2)) == [LOGGED] * 2
     assert append(tokens, chunk_of("job_1", 1, 3, 1)) == [REPEATED]
     assert append(tokens, chunk_of("job_1", 1, 7, 1)) == [BROKEN]  # a gap
-    assert append(tokens, chunk_of("job_1", 1, 5, 2)) == [BROKEN]  # an overlap
     log = tokens.read(MODEL, "job_1").chunks
     assert [i for chunk in log for i in chunk.ids] == list(range(6))
+
+
+def test_a_chunk_whose_beginning_is_logged_is_told_where_to_go_on(tokens, chunk_of, shard):
+    """A flush was made and its reply lost; more tokens came before the next."""
+    tokens.fence(MODEL, "job_1", 1, "w1")
+    append(tokens, chunk_of("job_1", 1, 0, 3))
+    tokens.subscribe("g1", [(MODEL, "job_1")])
+    assert append(tokens, chunk_of("job_1", 1, 2, 4)) == [Overlap(3)]
+    assert append(tokens, chunk_of("job_1", 1, 3, 3)) == [LOGGED]
+    assert frame(shard) == [chunk_of("job_1", 1, 3, 3)], "nothing was published before"
+    assert tokens.read(MODEL, "job_1").chunks == (
+        chunk_of("job_1", 1, 0, 3),
+        chunk_of("job_1", 1, 3, 3),
+    )
 
 
 def test_invariant_3_a_log_of_an_older_attempt_is_stale(tokens, chunk_of, client):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from headrace.contract import redis_client
+from headrace.contract.errors import QueueUnavailable
 from headrace.contract.tokens import TokenLog
 from headrace.contract.wire import FinishReason, JobStatus
 from headrace.tests.worker.conftest import END, MODEL
@@ -208,6 +209,30 @@ def test_what_redis_lost_is_restored_from_memory_and_goes_on(loop):
         loop.turn()
     assert loop.bench.tokens.read(MODEL, job_id).chunks[0].gen == 0
     assert loop.bench.streams.renew(MODEL, "w1", [(job_id, 1)]) == ["held"]
+
+
+def test_a_flush_whose_reply_was_lost_loses_and_repeats_nothing(loop, monkeypatch):
+    """Redis appended; the courier was told that it is away, and made more tokens meanwhile."""
+    job_id, seq_id = loop.admit()
+    log = loop.bench.tokens
+    append = log.append
+    monkeypatch.setattr(courier_module, "RETRY_S", 0)
+
+    def append_and_fail(*args):
+        append(*args)
+        raise QueueUnavailable("the reply was lost")
+
+    monkeypatch.setattr(log, "append", append_and_fail)
+    loop.say(seq_id, "abc")
+    loop.turn(times=2)
+    monkeypatch.setattr(log, "append", append)
+    loop.say(seq_id, "de", first=3)
+    deadline = time.monotonic() + 10
+    while loop.text_of_log(job_id) != "abcde":
+        assert time.monotonic() < deadline
+        loop.turn()
+    assert [chunk.first for chunk in log.read(MODEL, job_id).chunks] == [0, 3]
+    assert loop.courier._by_id[job_id].num_logged == 5
 
 
 def test_with_redis_away_tokens_wait_and_results_wait_no_longer_than_patience(loop, monkeypatch):

@@ -120,11 +120,26 @@ def test_invariant_7_a_takeover_at_any_token_ends_with_the_same_text(text, flush
 
 
 @given(st.text(alphabet="abé世", min_size=1, max_size=20), st.integers(0, 40))
-def test_logged_chunk_holds_what_was_logged_and_chunk_the_rest(text, logged):
+def test_logged_chunks_hold_what_was_logged_and_chunk_the_rest(text, logged):
     job = running()
     feed(job, TOKENIZER.encode(text).ids)
     job.num_logged = min(logged, len(job.ids))
-    before, rest = job.logged_chunk(), job.chunk()
-    joined = (before.text if before else "") + (rest.text if rest else "")
-    assert joined == "".join(job.pieces)
-    assert (before.ids if before else ()) + (rest.ids if rest else ()) == tuple(job.ids)
+    rest = job.chunk()
+    chunks = job.logged_chunks() + ([rest] if rest else [])
+    assert "".join(chunk.text for chunk in chunks) == "".join(job.pieces)
+    assert [token for chunk in chunks for token in chunk.ids] == job.ids
+
+
+@given(st.integers(0, 5), st.integers(0, 5))
+def test_what_earlier_attempts_logged_stays_theirs_when_it_is_put_back(before, after):
+    """A chunk of attempt 2 from 0 on would say that attempt 2 made all tokens again."""
+    ids = TOKENIZER.encode("abcdefghij").ids
+    first = running()
+    feed(first, ids[:before])
+    second = running(attempt=2)
+    second.resume([chunk] if (chunk := first.chunk()) else [])
+    feed(second, ids[before : before + after])
+    second.num_logged = before + after
+    found = [(c.attempt, c.first, len(c.ids)) for c in second.logged_chunks()]
+    parts = [(1, 0, before), (2, before, after)]
+    assert found == [part for part in parts if part[2]]
