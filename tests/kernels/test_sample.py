@@ -205,8 +205,9 @@ def test_a_row_with_nothing_allowed_still_gives_a_token_id(function, device):
 
 @BOTH
 def test_the_same_seed_and_position_draw_the_same_token_again(function, device):
+    """Logits are equal, so 16 draws of 300 tokens agree by chance once in 1e37."""
     inputs = make_inputs(16, 300, device)
-    inputs["logits"][:] = inputs["logits"][0]
+    inputs["logits"].fill_(0.5)
     first = function(**inputs)
     assert torch.equal(function(**inputs), first)
     assert len(set(first.tolist())) > 1
