@@ -38,6 +38,7 @@ metadata = MetaData(
     }
 )
 
+_ROLE = "role in ('viewer', 'operator', 'admin')"
 _OPEN = "status in ('queued', 'running')"
 
 
@@ -64,6 +65,8 @@ api_keys = Table(
     _now(),
     Column("revoked_at", DateTime(timezone=True)),
     Column("last_used_at", DateTime(timezone=True)),  # to the minute
+    Column("role", Text),  # operators.role: what it may do under /v1/admin; null: nothing
+    CheckConstraint(_ROLE, name="role"),
 )
 
 models = Table(
@@ -105,6 +108,8 @@ jobs = Table(
     Column("output_ends", ARRAY(Integer)),  # length of the text after each token, characters
     Column("output_logprobs", JSONB()),
     Column("output_gen", Integer),  # which log it was (keys.py): resumes are checked against it
+    Column("made_from", Text),  # the job that an operator retried or cloned
+    Column("traceparent", Text),  # W3C trace context of the request that made it
     CheckConstraint(
         "status in ('queued', 'running', 'succeeded', 'failed', 'canceled', 'expired')",
         name="status",
@@ -129,6 +134,12 @@ attempts = Table(
     Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("ended_at", DateTime(timezone=True)),  # null: running, or replaced by a newer attempt
     Column("outcome", Text),  # a terminal status, or handed_back
+    # Where its time went, ms after started_at by the worker's clock; null: it never told.
+    Column("admitted_ms", Integer),  # tokenised and given to the engine
+    Column("first_token_ms", Integer),  # the prompt is computed
+    Column("last_token_ms", Integer),
+    Column("resumed_at", Integer),  # tokens it found in the log
+    Column("num_tokens", Integer),  # tokens it made itself
 )
 
 outbox = Table(
@@ -154,4 +165,71 @@ idempotency_keys = Table(
     ),
     _now(),
     Index("ix_idempotency_keys_job_id", "job_id"),
+)
+
+operators = Table(
+    "operators",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("password_hash", Text, nullable=False),  # Argon2id, with its parameters and salt
+    Column("role", Text, nullable=False),  # viewer | operator | admin
+    _now(),
+    Column("disabled_at", DateTime(timezone=True)),
+    Column("num_failures", Integer, nullable=False, server_default=text("0")),  # since a login
+    Column("locked_until", DateTime(timezone=True)),
+    Column("last_login_at", DateTime(timezone=True)),
+    CheckConstraint(_ROLE, name="role"),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("token_sha256", LargeBinary, primary_key=True),  # of 256 random bits: no salt needed
+    Column("operator_id", Text, ForeignKey("operators.id", ondelete="CASCADE"), nullable=False),
+    _now(),
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("address", Text),
+    Index("ix_sessions_operator_id", "operator_id"),
+    Index("ix_sessions_expires_at", "expires_at"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    _now(),
+    Column("actor", Text, nullable=False),  # an operator's name, a key's id, or what was tried
+    Column("actor_kind", Text, nullable=False),  # operator | key | nobody
+    Column("role", Text),
+    Column("action", Text, nullable=False),  # worker.drain, job.cancel, login, ...
+    Column("target", Text, nullable=False, server_default=""),
+    Column("outcome", Text, nullable=False),  # done, or the code of the refusal
+    Column("details", JSONB(), nullable=False, server_default=text("'{}'::jsonb")),
+    Column("address", Text),
+    Index("ix_audit_actor_id", "actor", "id"),
+    Index("ix_audit_action_id", "action", "id"),
+)
+
+worker_orders = Table(
+    "worker_orders",
+    metadata,
+    Column("worker", Text, primary_key=True),
+    Column("wanted", Text, nullable=False),  # serving | drained | quarantined
+    Column("num_restarts", Integer, nullable=False, server_default=text("0")),  # ordered so far
+    Column("ordered_by", Text, nullable=False),
+    Column("ordered_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    CheckConstraint("wanted in ('serving', 'drained', 'quarantined')", name="wanted"),
+)
+
+queue_pauses = Table(
+    "queue_pauses",
+    metadata,
+    # '*' stands for all of a kind.
+    Column("model", Text, primary_key=True),
+    Column("class", Text, primary_key=True, key="job_class"),
+    Column("tenant_id", Text, primary_key=True),
+    Column("paused_by", Text, nullable=False),
+    Column("paused_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )

@@ -92,13 +92,13 @@ def test_packages_in_pyproject_are_the_folders_with_code():
     assert config["package-dir"] == {name: folder for folder, name in mapped.items()}
 
 
-def test_folders_are_one_deep_but_for_the_engine():
+def test_folders_are_one_deep_but_for_engine_and_dashboard():
     deep = {
         path.parent.relative_to(ROOT).as_posix()
         for path in files(*OURS)
         if len(path.relative_to(ROOT).parts) > 2
     }
-    assert deep == {"worker/engine"}
+    assert deep == {"worker/engine", "gateway/dashboard"}
 
 
 def test_tests_mirror_the_tree():
