@@ -51,6 +51,7 @@ from headrace.kernels import step as layout
 from headrace.kernels.triton_seam import is_interpreted
 from headrace.worker.engine import gpu_start
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
+from headrace.worker.engine.gpu_layers import in_fp8
 from headrace.worker.engine.gpu_model import GpuModel, KvCache
 from headrace.worker.engine.gpu_state import DeviceState
 from headrace.worker.engine.weights import LayerWeights, Weights, obtain_weights
@@ -155,18 +156,19 @@ class Subject:
         weights = obtain_weights(
             folder, self.arch, torch.bfloat16, self._device, is_random=self.is_random
         )
-        wide, narrow = (self._model(weights, is_w8a8=is_w8a8) for is_w8a8 in (False, True))
+        wide = self._model(weights)
+        narrow = self._model(replace(weights, layers=tuple(map(in_fp8, weights.layers))))
         yield Variant("bf16", wide, self._cache("auto", wide))
         yield Variant("kv fp8", wide, self._cache("fp8", wide))
         yield Variant("w8a8", narrow, self._cache("auto", narrow))
         yield Variant("w8a8, kv fp8", narrow, self._cache("fp8", narrow))
         if has_fp32 and self._fits(weights):
-            exact = self._model(widened(weights), is_w8a8=False)
+            exact = self._model(widened(weights))
             yield Variant("fp32", exact, self._cache("auto", exact))
 
-    def _model(self, weights: Weights, *, is_w8a8: bool) -> GpuModel:
+    def _model(self, weights: Weights) -> GpuModel:
         name = "cpu" if self._device.type == "cpu" else torch.cuda.get_device_name()
-        return GpuModel(self.arch, weights, self.state, name, is_w8a8=is_w8a8, is_fp8_cache=False)
+        return GpuModel(self.arch, weights, self.state, name, is_fp8_cache=False)
 
     def _cache(self, kv_dtype: str, model: GpuModel) -> KvCache:
         """Make a pool as the engine does at its start, scales included."""

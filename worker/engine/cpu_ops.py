@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from headrace.worker.engine.flat import FlatBatch
-from headrace.worker.engine.weights import Weights
+from headrace.worker.engine.weights import MATRICES, Weights
 
 #: rows that oneDNN lays weights out for. Against F.linear on an EPYC with AVX-512 BF16, one thread,
 #: SmolLM2's matrices at 1, 16 and 300 rows take 62, 63 and 85 % of the time in bf16, 85, 53 and
@@ -87,12 +87,11 @@ def pack_weights(weights: Weights) -> Weights:
     """Lay all matrices out for oneDNN's GEMM once, where this build and CPU have it."""
     if not _can_pack(weights.embedding.dtype):
         return weights
-    matrices = ("qkv", "o", "gate_up", "down")
     return dataclasses.replace(
         weights,
         lm_head=_pack(weights.lm_head),
         layers=tuple(
-            dataclasses.replace(layer, **{name: _pack(getattr(layer, name)) for name in matrices})
+            dataclasses.replace(layer, **{name: _pack(getattr(layer, name)) for name in MATRICES})
             for layer in weights.layers
         ),
     )

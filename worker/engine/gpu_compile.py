@@ -45,7 +45,7 @@ from headrace.worker.engine.architecture import Architecture
 from headrace.worker.engine.gpu_draw import Need
 from headrace.worker.engine.gpu_graphs import decode_buckets
 from headrace.worker.engine.gpu_runner import GpuRunner
-from headrace.worker.engine.weights import Weights, expected_shapes, merge_weights
+from headrace.worker.engine.weights import Keep, Weights, expected_shapes, merge_weights
 from headrace.worker.frames import EngineConfig
 
 #: kernels that take longest (up to 3.3 s of 36 s for all, sm_90, Triton 3.7): begun last, one of
@@ -91,7 +91,7 @@ def take_steps(
     """Launch all that a start launches, and all that later steps do."""
     dtype = gpu_start.DTYPES[config.dtype]
     state = gpu_start.make_state(config, arch, device)
-    weights = empty_weights(arch, dtype, device)
+    weights = empty_weights(arch, dtype, device, gpu_start.keep_of(config))
     with device:  # its tables of rotations are made on torch's default device
         model = gpu_start.make_model(config, arch, weights, state, device_name)
     gpu_start.try_step(config, arch, model, state, dtype)
@@ -105,11 +105,13 @@ def take_steps(
     state.begin()
 
 
-def empty_weights(arch: Architecture, dtype: torch.dtype, device: torch.device) -> Weights:
+def empty_weights(
+    arch: Architecture, dtype: torch.dtype, device: torch.device, keep: Keep
+) -> Weights:
     """Return weights of the model's shapes and any values."""
     shapes = expected_shapes(arch)
     tensors = {name: torch.empty(s, dtype=dtype, device=device) for name, s in shapes.items()}
-    return merge_weights(tensors, arch)
+    return merge_weights(tensors, arch, lambda _, tensor: tensor, keep)
 
 
 # -- processes -------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 Up to 64 rows a product is the reading of its weights: kernels/skinny_linear.py does it with the
 norm, SiLU or addition inside, where the shipped table (kernels/tuning.py) says that this is faster.
 Elsewhere it is cuBLAS; what it has made is then added in the same launch as the next norm. With
-fp8 (W8A8) activations are quantised by row as they are made, weights by output channel at the load.
+fp8 (W8A8) activations are quantised by row as they are made, weights by output channel at the load,
+layer by layer: the matrices they were made of are not kept.
 
 Invariants:
  1. What a call leaves `pending` is added to the residual by the next one, before all else.
@@ -18,6 +19,7 @@ Called by: gpu_model.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +28,7 @@ from headrace.kernels.fp8 import fp8_linear, quantise_rows, quantise_weight
 from headrace.kernels.rms_norm import residual_rms_norm, residual_rms_norm_fp8, rms_norm
 from headrace.kernels.silu_mul import silu_mul, silu_mul_fp8
 from headrace.kernels.skinny_linear import SkinnyWorkspace, skinny_linear
-from headrace.worker.engine.weights import LayerWeights
+from headrace.worker.engine.weights import MATRICES, LayerWeights
 
 #: attention of a layer: [num_rows, qkv width] -> [num_rows, num_q_heads * head_dim]
 Attend = Callable[[torch.Tensor], torch.Tensor]
@@ -37,7 +39,7 @@ class Layers:
 
     def __init__(self, layers: tuple[LayerWeights, ...], eps: float, device_name: str) -> None:
         self._layers, self._eps, self._device_name = layers, eps, device_name
-        self._workspace = SkinnyWorkspace.allocate(layers[0].qkv.device)
+        self._workspace = SkinnyWorkspace.allocate(layers[0].attention_norm.device)
 
     def run(
         self,
@@ -132,15 +134,28 @@ class Layers:
         return tuning.choose(self._device_name, op, x.shape[0], *weight.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Matrix:
+    """A linear layer's matrix in e4m3; the one it was made of is not kept."""
+
+    values: torch.Tensor  # [num_outputs, width] e4m3
+    scale: torch.Tensor  # [num_outputs, 1] fp32
+
+
+def in_fp8(layer: LayerWeights) -> LayerWeights:
+    """Return the layer with its matrices as Fp8Matrix: what a W8A8 engine keeps of it."""
+    made = {name: Fp8Matrix(*quantise_weight(getattr(layer, name))) for name in MATRICES}
+    return replace(layer, **made)
+
+
+def make_layers(layers: tuple[LayerWeights, ...], eps: float, device_name: str) -> Layers:
+    """Return the products of layers in the form these are kept in."""
+    kind = Fp8Layers if isinstance(layers[0].qkv, Fp8Matrix) else Layers
+    return kind(layers, eps, device_name)
+
+
 class Fp8Layers(Layers):
     """W8A8: e4m3 products with a scale a row and a scale an output channel."""
-
-    def __init__(self, layers: tuple[LayerWeights, ...], eps: float, device_name: str) -> None:
-        super().__init__(layers, eps, device_name)
-        self._fp8 = [
-            [quantise_weight(w) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-            for layer in layers
-        ]
 
     def run(
         self,
@@ -151,17 +166,24 @@ class Fp8Layers(Layers):
         attend: Attend,
     ) -> torch.Tensor | None:
         """Compute one layer; there is always something pending."""
-        layer, (qkv, o, gate_up, down) = self._layers[index], self._fp8[index]
+        layer = self._layers[index]
         if pending is not None:
             x = residual_rms_norm_fp8(pending, residual, layer.attention_norm, self._eps)[:2]
         else:
             assert normed is not None, "the first layer's input comes normed"
             x = quantise_rows(normed)
-        mixed = attend(fp8_linear(*x, *qkv))
-        out = _biased(fp8_linear(*quantise_rows(mixed), *o), layer.o_bias)
+        mixed = attend(_product(x, layer.qkv))
+        out = _biased(_product(quantise_rows(mixed), layer.o), layer.o_bias)
         x = residual_rms_norm_fp8(out, residual, layer.mlp_norm, self._eps)[:2]
-        gated = silu_mul_fp8(_biased(fp8_linear(*x, *gate_up), layer.gate_up_bias))
-        return _biased(fp8_linear(*gated, *down), layer.down_bias)
+        gated = silu_mul_fp8(_biased(_product(x, layer.gate_up), layer.gate_up_bias))
+        return _biased(_product(gated, layer.down), layer.down_bias)
+
+
+def _product(
+    x: tuple[torch.Tensor, torch.Tensor],  # ([num_rows, width] e4m3, [num_rows, 1] fp32)
+    weight: Fp8Matrix,
+) -> torch.Tensor:  # [num_rows, num_outputs]
+    return fp8_linear(*x, weight.values, weight.scale)
 
 
 def _linear(

@@ -35,7 +35,7 @@ from headrace.kernels.qkv_rope_write import qkv_rope_write
 from headrace.kernels.step import commit_step, prepare_step
 from headrace.worker.engine.architecture import Architecture
 from headrace.worker.engine.gpu_draw import LogitsDraw, Need
-from headrace.worker.engine.gpu_layers import Fp8Layers, Layers
+from headrace.worker.engine.gpu_layers import make_layers
 from headrace.worker.engine.gpu_state import DeviceState
 from headrace.worker.engine.weights import Weights
 
@@ -98,7 +98,6 @@ class GpuModel:
         state: DeviceState,
         device_name: str,
         *,
-        is_w8a8: bool,
         is_fp8_cache: bool,
     ) -> None:
         self._arch, self._weights, self._state = arch, weights, state
@@ -115,8 +114,7 @@ class GpuModel:
         self._prefill_work = make_prefill_work(
             state.max_rows, state.num_slots, self._tiling.tile_tokens, device
         )
-        kind = Fp8Layers if is_w8a8 else Layers
-        self._layers = kind(weights.layers, arch.rms_eps, device_name)
+        self._layers = make_layers(weights.layers, arch.rms_eps, device_name)
         self._head_work = lm_head_work(state.num_slots, arch.vocab_size, device)
         hidden = (state.num_slots, arch.hidden)
         self._due_hidden = torch.zeros(hidden, dtype=self.dtype, device=device)

@@ -30,11 +30,18 @@ from headrace.kernels.checks import HEAD_DIMS
 from headrace.kernels.triton_seam import is_interpreted
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
 from headrace.worker.engine.gpu_compilers import start_compilers
+from headrace.worker.engine.gpu_layers import in_fp8
 from headrace.worker.engine.gpu_model import GpuModel, KvCache, Need
 from headrace.worker.engine.gpu_runner import GpuRunner
 from headrace.worker.engine.gpu_state import DeviceState
 from headrace.worker.engine.startup import StartupLedger
-from headrace.worker.engine.weights import Weights, count_weights, obtain_weights
+from headrace.worker.engine.weights import (
+    Keep,
+    Weights,
+    as_it_is,
+    count_weight_bytes,
+    obtain_weights,
+)
 from headrace.worker.frames import EngineConfig
 
 #: steps in flight before the oldest is collected: the device works on one while the host reads
@@ -66,7 +73,9 @@ def build_gpu_runner(
         compilers = start_compilers(config, arch, device)
     with compilers:
         with ledger.stage("weights"):
-            weights = obtain_weights(folder, arch, dtype, device, is_random=config.random_weights)
+            weights = obtain_weights(
+                folder, arch, dtype, device, is_random=config.random_weights, keep=keep_of(config)
+            )
         with ledger.stage("state"):
             state = make_state(config, arch, device)
             model = make_model(config, arch, weights, state, _device_name(device))
@@ -88,6 +97,11 @@ def build_gpu_runner(
     return runner
 
 
+def keep_of(config: EngineConfig) -> Keep:
+    """Return what is made of each layer's weights as they are loaded."""
+    return in_fp8 if config.weights_dtype == "fp8" else as_it_is
+
+
 def make_model(
     config: EngineConfig,
     arch: Architecture,
@@ -101,7 +115,6 @@ def make_model(
         weights,
         state,
         device_name,
-        is_w8a8=config.weights_dtype == "fp8",
         is_fp8_cache=config.kv_dtype == "fp8",
     )
 
@@ -144,7 +157,8 @@ def _refuse_too_large(
     if device.type != "cuda":
         return
     free = torch.cuda.mem_get_info()[0]
-    weights = count_weights(arch) * dtype.itemsize
+    linear_itemsize = 1 if config.weights_dtype == "fp8" else dtype.itemsize
+    weights = count_weight_bytes(arch, dtype.itemsize, linear_itemsize)
     block = _block_bytes(config, arch, dtype)
     least = weights + block + GRAPH_BYTES
     if least > free:

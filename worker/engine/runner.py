@@ -31,7 +31,7 @@ from headrace.worker.engine.model import forward
 from headrace.worker.engine.sampling import Sampled
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.startup import StartupLedger, fill_limits
-from headrace.worker.engine.weights import Weights, count_weights, obtain_weights
+from headrace.worker.engine.weights import Weights, count_weight_bytes, obtain_weights
 from headrace.worker.frames import EngineConfig
 
 #: ids below are left to special tokens, so that a stub's token never is a stop token by chance.
@@ -106,7 +106,7 @@ def _build_cpu_runner(
     num_blocks: int,
     ledger: StartupLedger,
 ) -> CpuRunner:
-    with ledger.stage("weights", count_weights(arch) * dtype.itemsize):
+    with ledger.stage("weights", count_weight_bytes(arch, dtype.itemsize, dtype.itemsize)):
         weights = obtain_weights(folder, arch, dtype, is_random=config.random_weights)
     pool_tokens = num_blocks * config.block_size
     with ledger.stage("pool", pool_tokens * arch.kv_bytes_per_token * dtype.itemsize):

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,21 +22,27 @@ from safetensors import SafetensorError, safe_open
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
 
 CPU = torch.device("cpu")
+#: A linear layer's [num_outputs, width]: a tensor, or what a runner keeps instead of one.
+Matrix = Any
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     attention_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(num_q_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv: Matrix  # [(num_q_heads + 2 * num_kv_heads) * head_dim, hidden]
     qkv_bias: torch.Tensor | None
     qk_norm: tuple[torch.Tensor, torch.Tensor] | None  # [head_dim] each
-    o: torch.Tensor  # [hidden, num_q_heads * head_dim]
+    o: Matrix  # [hidden, num_q_heads * head_dim]
     o_bias: torch.Tensor | None
     mlp_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 * inter, hidden], gate first
+    gate_up: Matrix  # [2 * inter, hidden], gate first
     gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [hidden, inter]
+    down: Matrix  # [hidden, inter]
     down_bias: torch.Tensor | None
+
+
+#: The fields of a layer that hold a Matrix.
+MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +54,25 @@ class Weights:
     lm_head_rows: torch.Tensor  # the same, left plain where a runner lays lm_head out otherwise
 
 
+#: What a runner makes of a layer as it is loaded, before the next one takes memory.
+Keep = Callable[[LayerWeights], LayerWeights]
+#: Where a tensor of the checkpoint goes: (name, as it was read) -> on its device, in its dtype.
+Place = Callable[[str, torch.Tensor], torch.Tensor]
+
 #: standard deviation of random weights, as transformers initialises these models.
 RANDOM_STD = 0.02
 
 
-def count_weights(arch: Architecture) -> int:
-    """Return how many numbers the model has."""
-    return sum(math.prod(shape) for shape in expected_shapes(arch).values())
+def count_weight_bytes(arch: Architecture, itemsize: int, linear_itemsize: int) -> int:
+    """Return the bytes of all weights; the layers' matrices may be narrower than the rest."""
+    return sum(
+        math.prod(shape) * (linear_itemsize if name.endswith("_proj.weight") else itemsize)
+        for name, shape in expected_shapes(arch).items()
+    )
+
+
+def as_it_is(layer: LayerWeights) -> LayerWeights:
+    return layer
 
 
 def obtain_weights(
@@ -63,40 +82,59 @@ def obtain_weights(
     device: torch.device = CPU,
     *,
     is_random: bool,
+    keep: Keep = as_it_is,
 ) -> Weights:
     """Read the folder's weights, or make random ones, for which its config.json is enough."""
     if is_random:
-        return random_weights(arch, dtype, device)
-    return load_weights(folder, arch, dtype, device)
+        return random_weights(arch, dtype, device, keep)
+    return load_weights(folder, arch, dtype, device, keep)
 
 
 def load_weights(
-    folder: Path, arch: Architecture, dtype: torch.dtype, device: torch.device = CPU
+    folder: Path,
+    arch: Architecture,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    keep: Keep = as_it_is,
 ) -> Weights:
-    """Read, check and merge; raise UnsupportedModel with the names that are wrong."""
-    tensors = {name: tensor.to(device, dtype) for name, tensor in _read(folder)}
-    return merge_weights(tensors, arch)
+    """Read, check and merge; raise UnsupportedModel with the names that are wrong.
+
+    The files are mapped, so a tensor takes memory when it is placed: a layer at a time.
+    """
+
+    def place(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype)
+
+    return merge_weights(dict(_read(folder)), arch, place, keep)
 
 
 def random_weights(
-    arch: Architecture, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+    arch: Architecture,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    keep: Keep = as_it_is,
+    seed: int = 0,
 ) -> Weights:
     """Make weights of the model's shapes, for benchmarks: norms of 1, biases of 0."""
     generator = torch.Generator(device).manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, shape in expected_shapes(arch).items():
+
+    def place(name: str, shape_of: torch.Tensor) -> torch.Tensor:
+        drawn = torch.empty(shape_of.shape, dtype=dtype, device=device)
         if name.endswith("norm.weight"):
-            tensors[name] = torch.ones(shape, dtype=dtype, device=device)
-        elif name.endswith(".bias"):
-            tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
-        else:
-            drawn = torch.empty(shape, dtype=dtype, device=device)
-            tensors[name] = drawn.normal_(0, RANDOM_STD, generator=generator)
-    return merge_weights(tensors, arch)
+            return drawn.fill_(1)
+        if name.endswith(".bias"):
+            return drawn.fill_(0)
+        return drawn.normal_(0, RANDOM_STD, generator=generator)
+
+    shapes = expected_shapes(arch)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return merge_weights(tensors, arch, place, keep)
 
 
-def merge_weights(tensors: dict[str, torch.Tensor], arch: Architecture) -> Weights:
-    """Merge tensors under their names in the checkpoint; the dict is emptied on the way."""
+def merge_weights(
+    tensors: dict[str, torch.Tensor], arch: Architecture, place: Place, keep: Keep = as_it_is
+) -> Weights:
+    """Place and merge tensors under their names in the checkpoint; empties the dict on the way."""
     shapes = expected_shapes(arch)
     if arch.has_tied_embeddings:
         tensors.pop("lm_head.weight", None)  # some tools save the tied copy too
@@ -112,10 +150,17 @@ def merge_weights(tensors: dict[str, torch.Tensor], arch: Architecture) -> Weigh
             if tuple(tensors[name].shape) != shape
         ],
     )
-    embedding = tensors.pop("model.embed_tokens.weight")
-    layers = tuple(_merge_layer(tensors, f"model.layers.{i}.") for i in range(arch.num_layers))
-    norm = tensors.pop("model.norm.weight")
-    lm_head = embedding if arch.has_tied_embeddings else tensors.pop("lm_head.weight")
+
+    def take(name: str) -> torch.Tensor:
+        return place(name, tensors.pop(name))
+
+    embedding = take("model.embed_tokens.weight")
+    has = frozenset(tensors).__contains__
+    layers = tuple(
+        keep(_merge_layer(take, has, f"model.layers.{i}.")) for i in range(arch.num_layers)
+    )
+    norm = take("model.norm.weight")
+    lm_head = embedding if arch.has_tied_embeddings else take("lm_head.weight")
     return Weights(embedding, layers, norm, lm_head, lm_head)
 
 
@@ -153,16 +198,18 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _merge_layer(tensors: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
+def _merge_layer(
+    take: Callable[[str], torch.Tensor], has: Callable[[str], bool], prefix: str
+) -> LayerWeights:
     def merged(kind: str, *names: str) -> torch.Tensor | None:
-        if f"{prefix}{names[0]}.{kind}" not in tensors:
+        if not has(f"{prefix}{names[0]}.{kind}"):
             return None
-        return torch.cat([tensors.pop(f"{prefix}{name}.{kind}") for name in names])
+        return torch.cat([take(f"{prefix}{name}.{kind}") for name in names])
 
     def need(name: str) -> torch.Tensor:
-        return tensors.pop(f"{prefix}{name}.weight")
+        return take(f"{prefix}{name}.weight")
 
-    has_qk_norm = f"{prefix}self_attn.q_norm.weight" in tensors
+    has_qk_norm = has(f"{prefix}self_attn.q_norm.weight")
     qkv_names = [f"self_attn.{name}_proj" for name in "qkv"]
     gate_up_names = ["mlp.gate_proj", "mlp.up_proj"]
     return LayerWeights(

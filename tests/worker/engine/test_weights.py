@@ -7,7 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
-from headrace.worker.engine.weights import load_weights
+from headrace.worker.engine.gpu_layers import Fp8Matrix, in_fp8
+from headrace.worker.engine.weights import (
+    MATRICES,
+    as_it_is,
+    count_weight_bytes,
+    expected_shapes,
+    load_weights,
+    merge_weights,
+)
 
 
 @pytest.fixture
@@ -175,3 +183,52 @@ def test_windows_are_those_of_each_family(folder):
         ({"model_type": "llama", "sliding_window": 7}, (None,) * 3),
     ):
         assert Architecture.from_folder(folder(config=config)).windows == windows
+
+
+def test_each_layer_is_kept_in_its_form_before_the_next_is_read(model_folder):
+    """So a model loads whose plain weights would not fit beside those it runs with."""
+    folder = model_folder("qwen2")
+    arch = Architecture.from_folder(folder)
+    tensors = {name: torch.ones(shape) for name, shape in expected_shapes(arch).items()}
+    said = []
+
+    def place(name, tensor):
+        said.append(name.split(".")[2] if name.startswith("model.layers.") else name)
+        return tensor
+
+    def keep(layer):
+        said.append("kept")
+        return in_fp8(layer)
+
+    weights = merge_weights(tensors, arch, place, keep)
+    assert tensors == {}
+    inside = [name for name in said if name == "kept" or name.isdigit()]
+    for layer in range(arch.num_layers):
+        at = inside.index("kept")
+        assert set(inside[:at]) == {str(layer)}
+        inside = inside[at + 1 :]
+    assert inside == []
+    for layer in weights.layers:
+        for name in MATRICES:
+            matrix = getattr(layer, name)
+            assert matrix.values.dtype is torch.float8_e4m3fn
+            torch.testing.assert_close(
+                matrix.values.float() * matrix.scale, torch.ones(matrix.values.shape)
+            )
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_bytes_of_weights_are_those_that_a_start_keeps(name, model_folder):
+    folder = model_folder(name)
+    arch = Architecture.from_folder(folder)
+    for keep, linear_itemsize in ((as_it_is, 2), (in_fp8, 1)):
+        weights = load_weights(folder, arch, torch.bfloat16, keep=keep)
+        found = {weights.embedding, weights.norm, weights.lm_head}
+        for layer in weights.layers:
+            for value in (getattr(layer, field) for field in layer.__slots__):
+                value = value.values if isinstance(value, Fp8Matrix) else value
+                parts = value if isinstance(value, tuple) else (value,)
+                found |= {part for part in parts if isinstance(part, torch.Tensor)}
+        assert sum(t.numel() * t.itemsize for t in found) == count_weight_bytes(
+            arch, 2, linear_itemsize
+        )
