@@ -51,7 +51,7 @@ from headrace.bench.kernel_cases.skinny import (
 )
 from headrace.kernels.tuning import Choice, SkinnyConfig, as_json
 
-ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 #: a config this much slower than the best is as good, and saves a compile if it is in use already.
 CLOSE = 0.015
 #: device time of one graph, and replays of it that are timed.

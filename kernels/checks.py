@@ -23,7 +23,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
 
 #: Rows up to which a linear layer is the reading of its weights, and its kernels are built.
-MAX_LINEAR_ROWS = 64
+MAX_LINEAR_ROWS = 256
 
 #: What the same launch may do to the rows before the product.
 LINEAR_PROLOGUES = ("none", "rms_norm", "silu_mul")

@@ -1,4 +1,4 @@
-"""A linear layer of at most 64 rows, with what stands before and after it in the same launch.
+"""A linear layer of at most 256 rows, with what stands before and after it in the same launch.
 
     y = f(x) @ weight.T (+ bias)            weight: [n, k] row-major
     f(x) = x                                prologue "none":     x [m, k]
@@ -8,8 +8,8 @@
 
 With few rows such a layer is the reading of its weights, and at one row a decode step is little
 else; a launch saved is worth as much as a megabyte. Two kernels: "rows" multiplies whole weight
-rows and sums (no tensor cores; once for each row of x), "tiles" pads x to 16, 32 or 64 rows for
-the tensor cores and may split k over programs.
+rows and sums (no tensor cores; once for each row of x), "tiles" pads x to 16, 32, 64 or 128 rows
+for the tensor cores and may split k over programs; more rows than a tile are tiles of their own.
 
 Numerics: products are summed in fp32, added to bias and residual in fp32, and rounded to out's
 dtype once. rms_norm rounds x * norm_weight to the weight's dtype before the product and applies
@@ -295,6 +295,7 @@ def _skinny_tiles_kernel(
     PROLOGUE: tl.constexpr,
     ADDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -305,14 +306,16 @@ def _skinny_tiles_kernel(
     EARLY: tl.constexpr,
     UPCAST: tl.constexpr,  # multiply in fp32: Triton's interpreter cannot multiply bf16
 ) -> None:
-    first_n = tl.program_id(0) * BLOCK_N
+    # Tiles of the same weights are neighbours, so that all but the first read them from the L2.
+    first_m = tl.program_id(0) % ROW_TILES * BLOCK_M
+    first_n = tl.program_id(0) // ROW_TILES * BLOCK_N
     first_k = tl.program_id(1) * SPLIT_K
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         _prefetch_weights(weight_ptr, first_n, first_k, n, K, BLOCK_N, LINES)
         tl.extra.cuda.gdc_wait()
-    row = tl.arange(0, BLOCK_M)
+    row = first_m + tl.arange(0, BLOCK_M)
     column_n = first_n + tl.arange(0, BLOCK_N)
     column_k = tl.arange(0, BLOCK_K)
     weight_rows = weight_ptr + column_n.to(tl.int64)[None, :] * K
@@ -381,7 +384,7 @@ def skinny_linear(
     """Return linear(f(x)), or add it to the residual in place and return that.
 
     Args:
-        x: [m, k] of weight's dtype; [m, k] fp32 for rms_norm; [m, 2 * k] for silu_mul. m <= 64.
+        x: [m, k] of weight's dtype; [m, k] fp32 for rms_norm; [m, 2 * k] for silu_mul. m <= 256.
         weight: [n, k], contiguous.
         out: [m, n], weight's dtype or fp32. Allocated when None; None with a residual.
         bias: [n], dtype of weight.
@@ -417,8 +420,8 @@ def skinny_linear(
         grid = (m, triton.cdiv(n, config.block_n))
         _skinny_rows_kernel[grid](*tensors, n, eps, **flags)
     else:
-        grid = (triton.cdiv(n, config.block_n), config.splits)
         flags |= _tile_arguments(config, m, k)
+        grid = (flags["ROW_TILES"] * triton.cdiv(n, config.block_n), config.splits)
         scratch = _scratch(config, workspace, grid[0], flags["BLOCK_M"], target)
         _skinny_tiles_kernel[grid](*tensors, *scratch, m, n, eps, **flags)
     return target
@@ -440,8 +443,10 @@ def _config_arguments(config: SkinnyConfig, k: int, element_bytes: int) -> dict[
 
 
 def _tile_arguments(config: SkinnyConfig, m: int, k: int) -> dict[str, Any]:
+    block_m = min(config.block_m, max(16, triton.next_power_of_2(m)))
     return {
-        "BLOCK_M": max(16, triton.next_power_of_2(m)),
+        "ROW_TILES": triton.cdiv(m, block_m),
+        "BLOCK_M": block_m,
         "SPLITS": config.splits,
         "SPLIT_K": triton.cdiv(triton.cdiv(k, config.splits), config.block_k) * config.block_k,
         "UPCAST": is_interpreted(),

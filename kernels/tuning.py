@@ -50,6 +50,7 @@ class SkinnyConfig:
     splits: int = 1  # programs that share one tile's columns; 1 for "rows"
     num_warps: int = 4
     num_stages: int = 1  # iterations whose weights are in flight at once
+    block_m: int = 64  # rows a program of "tiles" takes at most
     uses_pdl: bool = False  # starts before the launch before it ends, to prefetch weights
 
     def __post_init__(self) -> None:
@@ -58,6 +59,7 @@ class SkinnyConfig:
             "block_k": (16, 8192),
             "splits": (1, 1 if self.method == "rows" else 32),
             "num_warps": (1, 16),
+            "block_m": (16, 128),
         }
         if self.method not in ("rows", "tiles"):
             raise ValueError(f"method must be rows or tiles; found {self.method!r}: take one")
@@ -77,7 +79,8 @@ class SkinnyConfig:
         """Name the config as tables and benchmarks print it."""
         split = f" x{self.splits}" if self.splits > 1 else ""
         pdl = " pdl" if self.uses_pdl else ""
-        shape = f"{self.block_n}x{self.block_k}{split}"
+        wide = f" m{self.block_m}" if self.block_m != 64 else ""
+        shape = f"{self.block_n}x{self.block_k}{split}{wide}"
         return f"{self.method} {shape} w{self.num_warps} s{self.num_stages}{pdl}"
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of at most 64 rows, each with what its model does before and after it.
+"""Linear layers of at most 256 rows, each with what its model does before and after it.
 
 The layers of three models, read from HBM: weights rotate among copies that together exceed the L2,
 as in a step, where each layer has its own. The peer is cuBLAS (`torch.mm`) with the launches beside
@@ -233,6 +233,9 @@ def tiles_candidates(layer: Layer, m: int) -> Iterator[SkinnyConfig]:
     shapes = ((16, 256, 4), (32, 128, 4), (32, 256, 3), (64, 128, 4), (64, 64, 6))
     if m > 16:
         shapes = ((32, 128, 4), (64, 64, 5), (64, 128, 3), (128, 64, 4))
+    if m > 64:
+        yield from wide_candidates(layer, m)
+        return
     for block_n, block_k, stages in shapes:
         tiles = -(-layer.n // block_n)
         num_warps = 8 if block_n == 128 else 4
@@ -243,11 +246,31 @@ def tiles_candidates(layer: Layer, m: int) -> Iterator[SkinnyConfig]:
                 yield SkinnyConfig("tiles", block_n, block_k, splits, num_warps, stages)
 
 
+def wide_candidates(layer: Layer, m: int) -> Iterator[SkinnyConfig]:
+    """Of 65 rows and more: products cost as much as the reading, so tiles are as square."""
+    for block_m, block_n, block_k, num_warps, stages in (
+        (64, 64, 64, 4, 4),
+        (64, 64, 128, 4, 3),
+        (64, 128, 64, 4, 4),
+        (64, 128, 64, 8, 4),
+        (128, 64, 64, 4, 4),
+        (128, 64, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+    ):
+        tiles = -(-layer.n // block_n) * -(-m // block_m)
+        for splits in (1, 2, 4, 8):
+            is_full = 60 <= tiles * splits <= 600
+            if (is_full or (splits == 1 and tiles > 600)) and splits * block_k * 2 <= layer.k:
+                yield SkinnyConfig(
+                    "tiles", block_n, block_k, splits, num_warps, stages, block_m=block_m
+                )
+
+
 def fits(config: SkinnyConfig, layer: Layer, m: int) -> bool:
     if config.method == "rows":
         return config.block_k < 2 * layer.k
     x_bytes = {"none": 2, "rms_norm": 4, "silu_mul": 4}[OPS[layer.op][0]]
-    stage = config.block_k * (2 * config.block_n + x_bytes * max(16, m))
+    stage = config.block_k * (2 * config.block_n + x_bytes * max(16, min(m, config.block_m)))
     return stage * max(1, config.num_stages - 1) <= MAX_SHARED_BYTES
 
 
@@ -265,7 +288,7 @@ def variants(layer: Layer, m: int) -> list[SkinnyConfig]:
 def cases(quick: bool) -> Iterator[Case]:
     for layers in list(LAYERS.values())[: 2 if quick else 3]:
         for layer in layers:
-            for m in (1, 64) if quick else (1, 8, 64):
+            for m in (1, 64) if quick else (1, 8, 64, 256):
                 choice = lambda layer=layer, m=m: chosen(layer, m)  # noqa: E731
                 yield case(layer, m, "default", choice)
                 for config in (

@@ -175,6 +175,8 @@ def linear_launches(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         configs.append((1, SkinnyConfig("rows", 4, 4096, uses_pdl=True)))
         configs.append((16, replace(tiles, uses_pdl=True)))
+        wide = SkinnyConfig("tiles", 128, 64, 1, num_warps=8, num_stages=3, block_m=128)
+        configs.append((256, wide))
     for m, config in configs:
         stream, residual = meta(m, k, dtype=torch.float32), meta(m, n, dtype=torch.float32)
         options = {"config": config, "workspace": workspace}

@@ -93,6 +93,16 @@ def test_every_row_count_equals_the_reference(m, prologue, device, workspace):
         check(made, torch.bfloat16, config=config, workspace=workspace)
 
 
+@pytest.mark.parametrize(("m", "block_m"), [(65, 64), (130, 128), (256, 128), (40, 16)])
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_rows_beyond_a_tile_are_tiles_of_their_own(m, block_m, prologue, device, workspace):
+    config = SkinnyConfig("tiles", 64, 64, 2, block_m=block_m)
+    made = arguments(m, 100, 192, torch.bfloat16, device, prologue, True, prologue != "none")
+    for splits in (1, 2):
+        check(made, torch.bfloat16, config=replace(config, splits=splits), workspace=workspace)
+        assert not workspace.counters.any()
+
+
 @pytest.mark.parametrize("m", [1, 5, 40])
 def test_the_guess_needs_no_workspace(m, device):
     check(arguments(m, 48, 80, torch.bfloat16, device, "rms_norm"), torch.bfloat16)
@@ -184,7 +194,10 @@ def test_no_rows_are_no_launch(device):
 
 
 BAD = {
-    "too many rows": ({"x": torch.zeros(65, 32)}, r"at most 64 rows; found \[65, 32\]: use torch"),
+    "too many rows": (
+        {"x": torch.zeros(257, 32)},
+        r"at most 256 rows; found \[257, 32\]: use torch",
+    ),
     "one dimension": ({"x": torch.zeros(32)}, r"x must have 2 dimensions .* found \[32\]: "),
     "another k": ({"x": torch.zeros(2, 31)}, r"x must have shape \[2, 32\]; found \[2, 31\]: "),
     "half a gate": ({"prologue": "silu_mul"}, r"x must have shape \[2, 64\]; found \[2, 32\]: "),

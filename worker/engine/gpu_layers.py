@@ -3,7 +3,7 @@
     qkv = linear(norm(residual));  residual += o(attention(qkv))
     gate_up = linear(norm(residual));  residual += down(silu(gate) * up)
 
-Up to 64 rows a product is the reading of its weights: kernels/skinny_linear.py does it with the
+With few rows a product is the reading of its weights: kernels/skinny_linear.py does it with the
 norm, SiLU or addition inside, where the shipped table (kernels/tuning.py) says that this is faster.
 Elsewhere it is cuBLAS; what it has made is then added in the same launch as the next norm. With
 fp8 (W8A8) activations are quantised by row as they are made, weights by output channel at the load,
