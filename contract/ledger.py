@@ -16,8 +16,9 @@ Size: one class of short transactions, read side by side to see that the states 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -27,7 +28,6 @@ from sqlalchemy import (
     Connection,
     Double,
     Engine,
-    Executable,
     RowMapping,
     and_,
     bindparam,
@@ -35,43 +35,25 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from headrace.contract.accepting import insert_job
 from headrace.contract.database import autocommitting, database_errors
 from headrace.contract.errors import DeadlineExceeded, IdempotencyMismatch
 from headrace.contract.records import attempts, idempotency_keys, jobs, outbox
+from headrace.contract.timings import Timings
 from headrace.contract.wire import FinishReason, JobStatus
 
 #: Columns of a job but its output, which lists and state checks do not need.
 _SUMMARY = [c for c in jobs.c if not c.key.startswith("output_") or c.key == "output_gen"]
-#: Columns of a job that its client decides, by way of the gateway.
-_GIVEN = ("id", "tenant_id", "key_id", "model", "job_class", "priority", "input", "sampling",
-          "meta", "cost_tokens", "deadline_at")  # fmt: skip
 _OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)
 _OVERDUE = and_(jobs.c.status == JobStatus.QUEUED, jobs.c.deadline_at <= func.now())
 
 
-def _accepting() -> Executable:
-    """Write a job and its outbox row in one statement: both or neither, in one round trip."""
-    values: dict[str, Any] = {
-        name: bindparam(name, type_=jobs.c[name].type)
-        for name in (*_GIVEN, "status")
-        if name != "deadline_at"
-    }
-    # A time, or seconds from now by the server's clock, as all other times are.
-    values["deadline_at"] = func.coalesce(
-        bindparam("deadline_at", type_=jobs.c.deadline_at.type),
-        func.now() + func.make_interval(0, 0, 0, 0, 0, 0, bindparam("deadline_s", type_=Double)),
-    )
-    accepted = insert(jobs).values(**values).returning(*jobs.c).cte("accepted")
-    noted = insert(outbox).from_select(["job_id"], select(accepted.c.id)).cte("noted")
-    return select(*(accepted.c[c.key] for c in jobs.c)).add_cte(noted)
-
-
 #: Statements of the busiest paths, built once: building costs as much as running (0.5-1 ms).
-_ACCEPT = _accepting()
 _JOB = select(jobs).where(jobs.c.id == bindparam("job_id"))
 _OWN_JOB = _JOB.where(jobs.c.tenant_id == bindparam("tenant_id"))
 _OWN_SUMMARY = select(*_SUMMARY).where(
@@ -92,6 +74,10 @@ class PickUp:
     attempt: int | None
     status: str
     is_canceled: bool  # cancellation was asked before this attempt
+    age_s: float = 0.0  # since it was accepted
+    waited_s: float = 0.0  # since it was accepted, handed back, or given to an attempt that died
+    was_lost: bool = False  # the last of these three
+    asked_at: float = 0.0  # monotonic s of the caller, at the transaction's begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +95,20 @@ class Ending:
     logprobs: Any = None
     error_code: str | None = None
     error_text: str | None = None
+
+
+def _seconds_since(moment: Any) -> ColumnElement[float]:
+    return func.extract("epoch", func.now() - moment).cast(Double)
+
+
+#: What a pickup tells of a job.
+_PICKED_UP = (
+    jobs.c.id,
+    jobs.c.attempt,
+    jobs.c.status,
+    jobs.c.cancel_requested_at,
+    _seconds_since(jobs.c.created_at).label("age_s"),
+)
 
 
 def _seconds(seconds: float) -> ColumnElement[timedelta]:
@@ -157,14 +157,14 @@ class Ledger:
     def accept_job(
         self, job: dict[str, Any], *, idempotency_key: str | None, request_sha256: bytes
     ) -> Accepted:
-        """Commit the job and its outbox row; or return the job an earlier same request made.
+        """Commit the job with its labels and outbox row; or return what an earlier request made.
 
-        `job` holds the columns of _GIVEN; its deadline is `deadline_at`, or `deadline_s` from now.
+        `job` is as insert_job takes it.
         Raises IdempotencyMismatch when the key was used for another request.
         """
         if idempotency_key is None:
             with database_errors("accept job"), self._single.connect() as db:
-                return Accepted(_insert_job(db, job), is_replay=False)
+                return Accepted(insert_job(db, job), is_replay=False)
         with database_errors("accept job"), self._engine.begin() as db:
             # Take the key first: a second request waits here until the first has committed.
             taken = db.execute(
@@ -179,7 +179,7 @@ class Ledger:
                 .returning(idempotency_keys.c.key)
             ).first()
             if taken is not None:
-                return Accepted(_insert_job(db, job), is_replay=False)
+                return Accepted(insert_job(db, job), is_replay=False)
             row = (
                 db.execute(
                     select(idempotency_keys.c.request_sha256, *jobs.c)
@@ -270,6 +270,7 @@ class Ledger:
         """Begin a new attempt at each job; None for an id that has no row."""
         found: dict[str, PickUp | None] = dict.fromkeys(job_ids)
         with database_errors("pick up jobs"), self._engine.begin() as db:
+            asked_at = time.monotonic()  # a new connection, which takes longer, is there already
             started = db.execute(
                 update(jobs)
                 .where(jobs.c.id.in_(job_ids), jobs.c.status.in_(_OPEN))
@@ -279,10 +280,21 @@ class Ledger:
                     worker=worker,
                     started_at=func.coalesce(jobs.c.started_at, func.now()),
                 )
-                .returning(jobs.c.id, jobs.c.attempt, jobs.c.status, jobs.c.cancel_requested_at)
+                .returning(*_PICKED_UP)
             ).all()
+            earlier = _earlier_attempts(db, [row for row in started if row.attempt > 1])
             for row in started:
-                found[row.id] = PickUp(row.attempt, row.status, row.cancel_requested_at is not None)
+                is_canceled = row.cancel_requested_at is not None
+                waited_s, was_lost = earlier.get(row.id, (row.age_s, False))
+                found[row.id] = PickUp(
+                    attempt=row.attempt,
+                    status=row.status,
+                    is_canceled=is_canceled,
+                    age_s=row.age_s,
+                    waited_s=max(0.0, waited_s),
+                    was_lost=was_lost,
+                    asked_at=asked_at,
+                )
             if started:
                 db.execute(
                     insert(attempts),
@@ -295,7 +307,9 @@ class Ledger:
                     found[row.id] = PickUp(None, row.status, False)
         return found
 
-    def finish(self, job_id: str, attempt: int, ending: Ending) -> Finish:
+    def finish(
+        self, job_id: str, attempt: int, ending: Ending, timings: Timings | None = None
+    ) -> Finish:
         """End a running job with its output; only its newest attempt may. Safe to repeat."""
         this = and_(jobs.c.id == job_id, jobs.c.attempt == attempt)
         with database_errors(f"finish {job_id}"), self._engine.begin() as db:
@@ -308,10 +322,10 @@ class Ledger:
                 row = db.execute(select(jobs.c.status).where(this)).first()
                 is_mine = row is not None and row.status == ending.status
                 return Finish.REPEATED if is_mine else Finish.STALE
-            self._end_attempt(db, job_id, attempt, ending.status)
+            self._end_attempt(db, job_id, attempt, ending.status, timings)
         return Finish.DONE
 
-    def hand_back(self, job_id: str, attempt: int) -> bool:
+    def hand_back(self, job_id: str, attempt: int, timings: Timings | None = None) -> bool:
         """Return a running job to the queue (drain); False when the attempt is stale."""
         with database_errors(f"hand back {job_id}"), self._engine.begin() as db:
             done = db.execute(
@@ -324,15 +338,18 @@ class Ledger:
                 .values(status=JobStatus.QUEUED, worker=None)
             )
             if done.rowcount:
-                self._end_attempt(db, job_id, attempt, "handed_back")
+                self._end_attempt(db, job_id, attempt, "handed_back", timings)
         return bool(done.rowcount)
 
     @staticmethod
-    def _end_attempt(db: Any, job_id: str, attempt: int, outcome: str) -> None:
+    def _end_attempt(
+        db: Any, job_id: str, attempt: int, outcome: str, timings: Timings | None
+    ) -> None:
+        told = asdict(timings) if timings else {}
         db.execute(
             update(attempts)
             .where(attempts.c.job_id == job_id, attempts.c.number == attempt)
-            .values(ended_at=func.now(), outcome=outcome)
+            .values(ended_at=func.now(), outcome=outcome, **told)
         )
 
     # -- tasks -------------------------------------------------------------------------------
@@ -348,6 +365,13 @@ class Ledger:
         )
         with database_errors("read outbox"), self._single.connect() as db:
             return db.execute(query).mappings().all()
+
+    def outbox_size(self) -> tuple[int, float]:
+        """Return the number of outbox rows and the age of the oldest, seconds; 0 without any."""
+        age_s = func.coalesce(_seconds_since(func.min(outbox.c.created_at)), 0.0)
+        with database_errors("count outbox"), self._single.connect() as db:
+            num_rows, oldest_s = db.execute(select(func.count(), age_s).select_from(outbox)).one()
+        return num_rows, oldest_s
 
     def outbox_done(self, job_ids: Sequence[str]) -> None:
         """Forget outbox rows whose jobs are enqueued (or need not be)."""
@@ -436,6 +460,14 @@ class Ledger:
             db.execute(select(1))
 
 
-def _insert_job(db: Connection, job: dict[str, Any]) -> RowMapping:
-    values = {"status": JobStatus.QUEUED, "deadline_at": None, "deadline_s": None} | job
-    return db.execute(_ACCEPT, values).mappings().one()
+def _earlier_attempts(db: Connection, started: Sequence[Any]) -> dict[str, tuple[float, bool]]:
+    """Return by job how long ago the attempt before ended, or began if it died; and which."""
+    if not started:
+        return {}
+    before = [(row.id, row.attempt - 1) for row in started]
+    since = _seconds_since(func.coalesce(attempts.c.ended_at, attempts.c.started_at))
+    rows = db.execute(
+        select(attempts.c.job_id, since.label("waited_s"), attempts.c.ended_at.is_(None))
+        .where(tuple_(attempts.c.job_id, attempts.c.number).in_(before))
+    )  # fmt: skip
+    return {job_id: (waited_s, was_lost) for job_id, waited_s, was_lost in rows}

@@ -24,6 +24,7 @@ from sqlalchemy import (
     Table,
     Text,
     func,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
@@ -39,6 +40,8 @@ metadata = MetaData(
 )
 
 _ROLE = "role in ('viewer', 'operator', 'admin')"
+#: A failed job's error as one text, as it is indexed and searched.
+ERROR = "((error_code || ' ') || coalesce(error_text, ''))"
 _OPEN = "status in ('queued', 'running')"
 
 
@@ -123,6 +126,30 @@ jobs = Table(
         postgresql_where=text("status = 'queued' and deadline_at is not null"),
     ),
     Index("ix_jobs_finished_at", "finished_at", postgresql_where=text("finished_at is not null")),
+    # The rest is for the operator's search (job_search.py): each begins with what one asks for and
+    # ends with the id, by which the answer is sorted.
+    Index("ix_jobs_tenant_id_status_id", "tenant_id", "status", "id"),
+    Index("ix_jobs_model_status_id", "model", "status", "id"),
+    Index("ix_jobs_status_id", "status", "id"),
+    Index("ix_jobs_class_id", "job_class", "id"),
+    Index("ix_jobs_worker_id", "worker", "id", postgresql_where=text("worker is not null")),
+    Index("ix_jobs_failed", "id", postgresql_where=text("error_code is not null")),
+    Index(
+        "ix_jobs_error",
+        literal_column(ERROR, Text).label("error"),
+        postgresql_using="gin",
+        postgresql_ops={"error": "gin_trgm_ops"},
+        postgresql_where=text("error_code is not null"),
+    ),
+    Index("ix_jobs_made_from", "made_from", postgresql_where=text("made_from is not null")),
+)
+
+job_labels = Table(
+    "job_labels",
+    metadata,
+    Column("label", LargeBinary, primary_key=True),  # labels.py: of one entry of the metadata
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Index("ix_job_labels_job_id", "job_id"),
 )
 
 attempts = Table(
@@ -205,7 +232,7 @@ audit = Table(
     Column("role", Text),
     Column("action", Text, nullable=False),  # worker.drain, job.cancel, login, ...
     Column("target", Text, nullable=False, server_default=""),
-    Column("outcome", Text, nullable=False),  # done, or the code of the refusal
+    Column("outcome", Text, nullable=False),  # begun, then done or the code of the refusal
     Column("details", JSONB(), nullable=False, server_default=text("'{}'::jsonb")),
     Column("address", Text),
     Index("ix_audit_actor_id", "actor", "id"),

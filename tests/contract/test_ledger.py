@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -13,6 +14,7 @@ from headrace.contract.database import connect
 from headrace.contract.errors import DatabaseUnavailable, IdempotencyMismatch
 from headrace.contract.ledger import Cancel, Ending, Finish, Ledger
 from headrace.contract.records import attempts, idempotency_keys, jobs, outbox
+from headrace.contract.timings import Timings
 from headrace.contract.wire import FinishReason, JobStatus
 
 DONE = Ending(
@@ -430,3 +432,39 @@ def test_a_ledger_goes_on_after_its_connections_were_cut(ledger, accept, engine,
         assert other.execute(select(func.pg_terminate_backend(cut))).scalar_one()
     other_engine.dispose()
     assert ledger.job(job) is not None
+
+
+# -- where the time went ---------------------------------------------------------------------
+
+
+def timings_of(engine, job):
+    columns = [attempts.c[name] for name in asdict(TOLD)]
+    with engine.connect() as db:
+        rows = db.execute(
+            select(*columns).where(attempts.c.job_id == job).order_by(attempts.c.number)
+        )
+        return [tuple(row) for row in rows]
+
+
+TOLD = Timings(admitted_ms=5, first_token_ms=40, last_token_ms=90, resumed_at=3, num_tokens=7)
+
+
+def test_an_ending_and_a_hand_back_keep_what_the_worker_measured(ledger, accept, engine):
+    job = accept()
+    ledger.pick_up([job], "w1")
+    assert ledger.hand_back(job, 1, TOLD)
+    ledger.pick_up([job], "w2")
+    ledger.pick_up([job], "w3")  # w2 died and told nothing
+    canceled = Timings(None, None, None, resumed_at=10, num_tokens=0)
+    assert ledger.finish(job, 3, DONE, canceled) is Finish.DONE
+    nothing = (None,) * 5
+    assert timings_of(engine, job) == [(5, 40, 90, 3, 7), nothing, (None, None, None, 10, 0)]
+
+
+def test_a_refused_result_changes_no_timings(ledger, accept, engine):
+    job = accept()
+    ledger.pick_up([job], "w1")
+    ledger.pick_up([job], "w2")
+    assert ledger.finish(job, 1, DONE, TOLD) is Finish.STALE
+    assert not ledger.hand_back(job, 1, TOLD)
+    assert timings_of(engine, job) == [(None,) * 5] * 2

@@ -12,9 +12,11 @@ import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
+from psycopg.types.json import Jsonb
 from sqlalchemy import CheckConstraint, create_engine, inspect
 
 from headrace.contract.errors import ConfigurationError
+from headrace.contract.labels import label_of
 from headrace.contract.records import metadata
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,3 +112,26 @@ def test_two_processes_that_migrate_at_once_both_succeed(empty_url):
 def test_a_migration_without_a_database_says_what_to_do():
     with pytest.raises(ConfigurationError, match="headrace migrate"):
         command.upgrade(config_for(None), "head")
+
+
+def test_jobs_from_before_there_were_labels_get_theirs(empty_url):
+    config = config_for(empty_url)
+    command.upgrade(config, "0002")
+    meta = {"größe": "😀 e\u0300", "a": "", "x" * 64: "y" * 512, "b": "'\\x00\""}
+    with psycopg.connect(empty_url.replace("+psycopg", "")) as db:
+        db.execute("INSERT INTO tenants (id, name) VALUES ('t', 't')")
+        db.execute(
+            "INSERT INTO api_keys (id, tenant_id, name, prefix, secret_sha256)"
+            " VALUES ('k', 't', 'k', 'k', '')"
+        )
+        for job_id, given in (("job_1", meta), ("job_2", {})):
+            db.execute(
+                "INSERT INTO jobs (id, tenant_id, key_id, model, class, priority, input, sampling,"
+                " metadata, cost_tokens, status)"
+                " VALUES (%s, 't', 'k', 'm', 'batch', 'low', '{}', '{}', %s, 1, 'queued')",
+                (job_id, Jsonb(given)),
+            )
+    command.upgrade(config, "head")
+    with psycopg.connect(empty_url.replace("+psycopg", "")) as db:
+        found = db.execute("SELECT job_id, label FROM job_labels").fetchall()
+    assert sorted(found) == sorted(("job_1", label_of(*entry)) for entry in meta.items())
