@@ -3,19 +3,25 @@
     HeadraceError                500  a fault of ours
     +-- InvalidRequest           400  what the client sent cannot be meant
     |   +-- InvalidJson, UnknownField, MissingField, WrongType, OutOfRange, InvalidText
-    |   +-- PromptChoice, InvalidEventId, InvalidCursor, InvalidHeader
+    |   +-- PromptChoice, InvalidEventId, InvalidCursor, InvalidHeader, NotConfirmed
     +-- Unauthenticated          401
+    |   +-- LoginRefused
+    +-- Forbidden                403  known, but its role does not allow it
+    |   +-- CsrfRefused
     +-- NotFound                 404  no such job, or another tenant's: the two are not told apart
     +-- MethodNotAllowed         405
     +-- Conflict                 409  the job's state does not allow it
-    |   +-- JobAlreadyEnded
+    |   +-- JobAlreadyEnded, LastAdmin, NameTaken, NotPaused
+    |   +-- JobNotRetryable, JobNotQueued, BulkChanged
     +-- BodyTooLarge             413
     +-- UnsupportedMediaType     415
     +-- Unprocessable            422  well-formed, but this fleet cannot do it
     |   +-- UnknownModel, PromptTooLong, TokenOutOfVocabulary, ChatTemplateRefused
-    |   +-- IdempotencyMismatch
+    |   +-- IdempotencyMismatch, BulkTooLarge
+    +-- LockedOut                429  too many wrong passwords
     +-- Unavailable              503  try again
-    |   +-- DatabaseUnavailable, QueueUnavailable
+    |   +-- DatabaseUnavailable, QueueUnavailable, LoginBusy
+    |   +-- SearchTooBroad                 not before it is narrowed
     +-- JobFailed                     how a job that was accepted can end (kept in the job's row)
     |   +-- EngineRefused, DeadlineExceeded
     +-- ConfigurationError            a process cannot start like this
@@ -88,9 +94,26 @@ class InvalidHeader(InvalidRequest):
     code = "invalid_header"
 
 
+class NotConfirmed(InvalidRequest):
+    code = "not_confirmed"  # what was typed is not what is to be destroyed
+
+
 class Unauthenticated(HeadraceError):
     code = "unauthenticated"
     http_status = 401
+
+
+class LoginRefused(Unauthenticated):
+    code = "login_refused"  # unknown name, wrong password and disabled are not told apart
+
+
+class Forbidden(HeadraceError):
+    code = "forbidden"
+    http_status = 403
+
+
+class CsrfRefused(Forbidden):
+    code = "csrf_refused"
 
 
 class NotFound(HeadraceError):
@@ -110,6 +133,30 @@ class Conflict(HeadraceError):
 
 class JobAlreadyEnded(Conflict):
     code = "job_already_ended"
+
+
+class JobNotRetryable(Conflict):
+    code = "job_not_retryable"
+
+
+class JobNotQueued(Conflict):
+    code = "job_not_queued"
+
+
+class BulkChanged(Conflict):
+    code = "bulk_changed"  # the filter matches other jobs than when it was counted
+
+
+class LastAdmin(Conflict):
+    code = "last_admin"
+
+
+class NameTaken(Conflict):
+    code = "name_taken"
+
+
+class NotPaused(Conflict):
+    code = "not_paused"
 
 
 class BodyTooLarge(HeadraceError):
@@ -147,6 +194,16 @@ class IdempotencyMismatch(Unprocessable):
     code = "idempotency_mismatch"
 
 
+class BulkTooLarge(Unprocessable):
+    code = "bulk_too_large"
+
+
+class LockedOut(HeadraceError):
+    code = "locked_out"
+    http_status = 429
+    retryable = True
+
+
 class Unavailable(HeadraceError):
     code = "unavailable"
     http_status = 503
@@ -159,6 +216,15 @@ class DatabaseUnavailable(Unavailable):
 
 class QueueUnavailable(Unavailable):
     code = "queue_unavailable"
+
+
+class SearchTooBroad(Unavailable):
+    code = "search_too_broad"
+    retryable = False
+
+
+class LoginBusy(Unavailable):
+    code = "login_busy"  # as many passwords as a process checks at once are being checked
 
 
 class JobFailed(HeadraceError):

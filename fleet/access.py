@@ -1,4 +1,4 @@
-"""`fleet.json`: where the fleet of a data folder is, and a key to it.
+"""`fleet.json`: where the fleet of a data folder is, and what opens it: a key and an operator.
 
 Written by `supervise` with mode 0600 when the fleet is ready; read by the CLI, so that `headrace
 submit` in the same folder needs no options. Holds the passwords of both servers.
@@ -20,6 +20,12 @@ class Access:
     api_key: str
     database_url: str
     redis_url: str
+    operator: str = ""  # who may log in at the dashboard
+    operator_password: str = ""  # as it was made; empty: somebody else made the operators
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"{self.api_url}/dashboard"
 
 
 def read_access(data_folder: Path) -> Access | None:

@@ -1,12 +1,14 @@
 """`headrace keys`: API keys, made and revoked directly in the database.
 
-The API has no route for this: whoever can reach the database may make keys, nobody else.
+Whoever can reach the database may make keys. So may an admin through /v1/admin/keys, but the first
+key and the first operator come from here.
 """
 
 from typing import Annotated
 
 import typer
 
+from headrace.contract.roles import Role
 from headrace.fleet.failure import FleetError
 from headrace.fleet.invocation import accounts_at, invocation
 from headrace.fleet.show import as_json_option, note, out, print_json, print_table
@@ -15,7 +17,7 @@ app = typer.Typer(help="API keys (needs the database).", no_args_is_help=True)
 
 Json = Annotated[bool, as_json_option]
 
-COLUMNS = ("id", "prefix", "name", "tenant", "created_at", "last_used_at", "revoked_at")
+COLUMNS = ("id", "prefix", "name", "tenant", "role", "created_at", "last_used_at", "revoked_at")
 
 
 @app.command()
@@ -23,6 +25,9 @@ def create(
     context: typer.Context,
     name: Annotated[str, typer.Option(help="What the key is for.")] = "cli",
     tenant: Annotated[str, typer.Option(help="Whose jobs it sees; made if new.")] = "default",
+    role: Annotated[
+        Role | None, typer.Option(help="What it may do under /v1/admin; none: nothing.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a key and print it; it is shown this once."""
@@ -30,9 +35,9 @@ def create(
         if not given.strip() or "\0" in given or len(given) > 200:
             raise FleetError(f"--{what} is {given[:40]!r}: give 1 to 200 characters, no NUL")
     with accounts_at(invocation(context).database_url()) as accounts:
-        key = accounts.create_key(tenant=tenant, name=name)
+        key = accounts.create_key(tenant=tenant, name=name, role=role)
     if json:
-        print_json({"id": key.id, "tenant_id": key.tenant_id, "key": key.secret})
+        print_json({"id": key.id, "tenant_id": key.tenant_id, "role": role, "key": key.secret})
     else:
         out.print(key.secret)
         note(f"{key.id} for tenant {tenant}: keep it, it is not shown again")

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from headrace.contract.accounts import Accounts
 from headrace.contract.database import connect
+from headrace.contract.operators import Operators
 from headrace.contract.settings import FleetSettings
 from headrace.fleet.access import read_access
 from headrace.fleet.client import Client
@@ -73,6 +74,16 @@ def invocation(context: typer.Context) -> Invocation:
     found = context.find_object(Invocation)
     assert found is not None, "cli.options runs before every command"
     return found
+
+
+@contextmanager
+def operators_at(url: str) -> Iterator[Operators]:
+    """Open the operators in the database at `url`."""
+    engine = connect(url, pool_size=1)
+    try:
+        yield Operators(engine)
+    finally:
+        engine.dispose()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The whole fleet in one folder on one machine: started in order, watched, stopped in order.
 
-Start: servers, schema, key, model, then gateway, worker and tasks together; ready when the gateway
-says so and lists the model as ready. A failure on the way ends the start with the failing program's
-last lines; a program that dies later is started again.
+Start: servers, schema, key, operator, model, then gateway, worker and tasks together; ready when
+the gateway says so and lists the model as ready. A failure on the way ends the start with the
+failing program's last lines; a program that dies later is started again.
 
 Stop, and why in this order:
 1. gateway: nothing new is taken in; subscribers lose their stream and come back to the next fleet.
@@ -25,11 +25,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from headrace.contract.roles import Role
 from headrace.contract.settings import FleetSettings
 from headrace.fleet import programs
 from headrace.fleet.access import Access, read_access, write_access
 from headrace.fleet.client import ApiProblem, Client
 from headrace.fleet.failure import FleetError
+from headrace.fleet.first_operator import ensure_operator
 from headrace.fleet.folder import lock_folder
 from headrace.fleet.invocation import accounts_at
 from headrace.fleet.postgres import start_postgres
@@ -74,6 +76,7 @@ class Fleet:
         self._stop = stop
         self._lock: int | None = None
         self.model_name = ""  # what clients ask for; known once started
+        self.has_new_operator = False  # this start made the first one
         self._servers: list[Server] = []
         self._programs: list[Program] = []
 
@@ -86,11 +89,15 @@ class Fleet:
         stores = {"HEADRACE_REDIS_URL": redis_url, "HEADRACE_DATABASE_URL": database_url}
         self._program("migrate", programs.migrate_argv(), stores).run(MIGRATE_TIMEOUT_S, self._stop)
         self._raise_if_stopped()
+        first = ensure_operator(database_url, self._folder)
+        self.has_new_operator = first.is_new
         access = Access(
             api_url=f"http://{bind.replace('0.0.0.0', '127.0.0.1')}",
             api_key=self._key(database_url),
             database_url=database_url,
             redis_url=redis_url,
+            operator=first.name,
+            operator_password=first.password,
         )
         model = self._model()
         self.model_name = self._environ.get("HEADRACE_MODEL_NAME") or model.name
@@ -173,9 +180,12 @@ class Fleet:
         """Return the key of the last start if it still opens the database, else a new one."""
         kept = read_access(self._folder)
         with accounts_at(database_url) as accounts:
-            if kept is not None and accounts.authenticate(kept.api_key) is not None:
+            known = None if kept is None else accounts.authenticate(kept.api_key)
+            if kept is not None and known is not None and known.role is Role.ADMIN:
                 return kept.api_key
-            return accounts.create_key(tenant="default", name="headrace up").secret
+            # The folder holds the database's password too: a role gives nobody more than that.
+            made = accounts.create_key(tenant="default", name="headrace up", role=Role.ADMIN)
+        return made.secret
 
     def _model(self) -> Path:
         if given := self._environ.get("HEADRACE_MODEL"):
@@ -188,7 +198,7 @@ class Fleet:
         self._raise_if_stopped()
         return folder
 
-    def _start_programs(self, changes: Mapping[str, str]) -> None:
+    def _start_programs(self, changes: dict[str, str]) -> None:
         drain_s = self._environ.get("HEADRACE_DRAIN_S", f"{DRAIN_S:g}")
         schedule = self._folder / "celery-beat"
         self._programs = [  # in the order of the stop
@@ -199,11 +209,16 @@ class Fleet:
                 {**changes, "HEADRACE_DRAIN_S": drain_s},
                 grace_s=STOP_GRACE_S + float(drain_s),
             ),
-            self._program("tasks", programs.tasks_argv(schedule), changes),
+            self._program("tasks", programs.tasks_argv(schedule), changes | self._tasks_bind()),
         ]
         for program in self._programs:
             self._say(f"starting the {program.name}")
             program.start()
+
+    def _tasks_bind(self) -> dict[str, str]:
+        """Let the tasks serve their metrics one port above the worker's."""
+        host, _, port = self._environ.get("HEADRACE_METRICS_BIND", "").rpartition(":")
+        return {"HEADRACE_METRICS_BIND": f"{host}:{int(port) + 1}"} if port.isdigit() else {}
 
     def _program(
         self,

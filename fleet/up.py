@@ -36,7 +36,7 @@ def up(invocation: Invocation, as_json: bool) -> None:
     """Run a fleet until it is told to stop."""
     with _started_fleet(invocation) as (fleet, access, _):
         if access is not None:
-            _announce(access, invocation, as_json)
+            _announce(access, invocation, as_json, is_first=fleet.has_new_operator)
             fleet.watch()
 
 
@@ -84,11 +84,15 @@ def _started_fleet(invocation: Invocation) -> Iterator[tuple[Fleet, Access | Non
             signal.signal(number, handler)
 
 
-def _announce(access: Access, invocation: Invocation, as_json: bool) -> None:
+def _announce(access: Access, invocation: Invocation, as_json: bool, *, is_first: bool) -> None:
     values = {
         "api_url": access.api_url,
         "docs_url": f"{access.api_url}/docs",
         "api_key": access.api_key,
+        "dashboard_url": access.dashboard_url,
+        "operator": access.operator,
+        # Later it is read in fleet.json, by whoever may read the key there.
+        **({"operator_password": access.operator_password} if is_first else {}),
         "data_dir": str(invocation.data_folder),
     }
     if as_json:

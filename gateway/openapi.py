@@ -19,11 +19,15 @@ from flask.typing import ResponseReturnValue
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from headrace.contract.roles import Role
 from headrace.gateway.answers import Problem
 
 Models = type[BaseModel]
 
-_PARAMETER = re.compile(r"<(\w+)>")
+_PARAMETER = re.compile(r"<(?:\w+:)?(\w+)>")
+
+#: The cookie that holds an operator's session.
+SESSION_COOKIE = "headrace_session"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +45,15 @@ class Operation:
     headers: Mapping[str, str] = field(default_factory=dict[str, str])  # name -> what it does
     is_open: bool = False  # needs no key
     problems: Sequence[int] = ()  # statuses beyond those every operation has
+    # Needs an operator's session, or a key, of this role at least; None: a tenant's key.
+    role: Role | None = None
+    action: str | None = None  # audited under this name, however it ends: worker.drain
+    is_page: bool = False  # HTML for a browser: not in the document, its errors are pages too
 
 
 def document(operations: Sequence[Operation], *, version: str) -> dict[str, Any]:
-    """Return the OpenAPI document of the operations."""
+    """Return the OpenAPI document of the operations that are no pages."""
+    operations = [op for op in operations if not op.is_page]
     models = {Problem: None} | {
         model: None
         for op in operations
@@ -70,7 +79,13 @@ def document(operations: Sequence[Operation], *, version: str) -> dict[str, Any]
         "components": {
             "schemas": components,
             "securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer", "description": "A key, `hr_...`."}
+                "key": {"type": "http", "scheme": "bearer", "description": "A key, `hr_...`."},
+                "session": {
+                    "type": "apiKey",
+                    "in": "cookie",
+                    "name": SESSION_COOKIE,
+                    "description": "An operator who logged in at /dashboard/login.",
+                },
             },
         },
         "security": [{"key": []}],
@@ -100,6 +115,9 @@ def _operation(op: Operation, components: Mapping[str, Any]) -> dict[str, Any]:
         }
     if op.is_open:
         described["security"] = []
+    if op.role is not None:
+        described["security"] = [{"key": []}, {"session": []}]
+        described["description"] = f"For the role {op.role} or above."
     return described
 
 
@@ -111,6 +129,7 @@ def _responses(op: Operation) -> dict[str, Any]:
         )  # fmt: skip
         found[str(status)] = {"description": op.summary, "content": {media: {"schema": schema}}}
     problems = {*op.problems, 500, *(() if op.is_open else (401, 503))}
+    problems |= set() if op.role is None else {403}
     for status in sorted(problems):
         found[str(status)] = {
             "description": "A problem.",

@@ -1,7 +1,8 @@
 """Every error as RFC 9457 problem details: one form for ours, Flask's and the unforeseen.
 
 Invariants:
-1. Each answer of 400 and above is application/problem+json with a stable `code`.
+1. Each answer of 400 and above is application/problem+json with a stable `code`; below /dashboard,
+   where a person reads it, it is a page with the same status, code and text.
 2. An unforeseen exception tells the client nothing but `internal`; the log gets its type and its
    frames, never its text, which may quote a prompt.
 
@@ -10,16 +11,15 @@ Called by: gateway/app (handlers), gateway/health.
 
 from __future__ import annotations
 
-import logging
-import traceback
 from typing import Any
 
 import msgspec
-from flask import Flask, Response, request
+from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
 from headrace.contract import log
 from headrace.contract.errors import HeadraceError
+from headrace.gateway.dashboard.frame import render_problem
 
 MIMETYPE = "application/problem+json"
 
@@ -37,6 +37,9 @@ def problem(
     *, status: int, code: str, detail: str, retryable: bool = False, **more: Any
 ) -> Response:
     """Return the response for a problem; `more` are extension members."""
+    g.problem_code = code  # how the audit log calls this ending
+    if is_for_a_page():
+        return render_problem(status=status, code=code, detail=detail)
     body = {
         "type": f"urn:headrace:problem:{code}",
         "title": code.replace("_", " ").capitalize(),
@@ -51,6 +54,14 @@ def problem(
     return response
 
 
+def is_for_a_page() -> bool:
+    """True when the request is of a page, or of a path below /dashboard that does not exist."""
+    operation = g.get("operation")
+    if operation is not None:
+        return operation.is_page
+    return request.path == "/dashboard" or request.path.startswith("/dashboard/")
+
+
 def problem_of(error: HeadraceError) -> Response:
     """Return the response for one of our errors."""
     response = problem(
@@ -58,7 +69,7 @@ def problem_of(error: HeadraceError) -> Response:
     )
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
-    if error.http_status == 401:
+    if error.http_status == 401 and not is_for_a_page():
         response.headers["WWW-Authenticate"] = 'Bearer realm="headrace"'
     return response
 
@@ -90,15 +101,7 @@ def _flasks(error: HTTPException) -> Response:
 
 
 def _unforeseen(error: Exception) -> Response:
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    log.event(
-        "request.failed",
-        level=logging.ERROR,
-        route=request.url_rule,
-        method=request.method,
-        error=type(error).__name__,
-    )
-    log.logger.error("%s", frames)
+    log.failure("request.failed", error, route=request.url_rule, method=request.method)
     return problem(
         status=500, code="internal", detail="the gateway failed at this; its log says where"
     )

@@ -27,7 +27,7 @@ from headrace.gateway.body import check_text, kind_of
 Model = TypeVar("Model", bound=BaseModel)
 
 #: Fields that may hold what a user wrote.
-_PRIVATE = {"prompt", "prompt_token_ids", "messages", "stop", "metadata"}
+_PRIVATE = {"prompt", "prompt_token_ids", "messages", "stop", "metadata", "password"}
 #: Fields that other servers know and this one does not yet, with what to do instead.
 _COMING = {"n": "send one job a sample, with different seeds"}
 

@@ -3,7 +3,8 @@
 The app's rules, the guard and /openapi.json are all made from these rows, so none can forget one.
 Open are only: /healthz and /readyz (orchestrators have no key), /metrics (Prometheus; counts only,
 keep it inside by the proxy in front), /openapi.json and /docs (they describe, and tell nothing of
-this fleet).
+this fleet), and the login of the dashboard with what it shows. What is under /v1/admin and
+/dashboard needs a role (gateway/dashboard/guard).
 
 Called by: gateway/app.
 """
@@ -11,6 +12,7 @@ Called by: gateway/app.
 from __future__ import annotations
 
 from headrace.gateway import answers
+from headrace.gateway.dashboard import admin_routes
 from headrace.gateway.health import HealthRoutes
 from headrace.gateway.jobs import JobRoutes
 from headrace.gateway.models import ModelRoutes
@@ -26,7 +28,11 @@ API_VERSION = "1"
 
 def route_table(services: Services) -> list[Operation]:
     """Return all operations of the gateway."""
-    return [*_job_routes(services), *_open_routes(services)]
+    return [
+        *_job_routes(services),
+        *_open_routes(services),
+        *admin_routes.operations(services),
+    ]
 
 
 def _job_routes(services: Services) -> list[Operation]:

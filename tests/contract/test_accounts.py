@@ -13,6 +13,7 @@ from headrace.contract.accounts import Accounts, Principal
 from headrace.contract.database import connect
 from headrace.contract.errors import DatabaseUnavailable
 from headrace.contract.records import api_keys, tenants
+from headrace.contract.roles import Role
 
 
 def card_of(name, **changes):
@@ -28,6 +29,16 @@ def test_a_key_speaks_for_its_tenant(accounts):
     assert one.tenant_id == two.tenant_id != other.tenant_id
     assert accounts.authenticate(one.secret) == Principal(one.tenant_id, one.id)
     assert accounts.authenticate(other.secret) == Principal(other.tenant_id, other.id)
+
+
+@pytest.mark.parametrize("role", [None, *Role])
+def test_a_key_has_the_role_it_was_given(accounts, role):
+    key = accounts.create_key(tenant="team-a", name="ops", role=role)
+    assert accounts.authenticate(key.secret) == Principal(key.tenant_id, key.id, role)
+    assert accounts.list_keys()[0]["role"] == role
+    assert accounts.key(key.id)["role"] == role
+    assert "secret_sha256" not in accounts.key(key.id)
+    assert accounts.key("key_none") is None
 
 
 def test_the_secret_is_stored_nowhere(accounts, engine):

@@ -186,6 +186,19 @@ def test_a_refused_line_does_not_stop_the_others(headrace, tmp_path):
     assert "1 of 2 jobs" in err
 
 
+def test_the_operator_that_up_made_logs_in_and_the_folders_key_reads_of_it(up, as_json):
+    with httpx.Client(base_url=up.access["api_url"], follow_redirects=True) as browser:
+        page = browser.post(
+            "/dashboard/login",
+            data={"name": up.access["operator"], "password": up.access["operator_password"]},
+            headers={"Sec-Fetch-Site": "same-origin"},
+        )
+        assert (page.status_code, str(page.url)) == (200, up.access["dashboard_url"])
+        assert browser.get("/v1/admin/me").json()["role"] == "admin"
+    (log,) = as_json("audit", "--actor", up.access["operator"], "--action", "login")
+    assert [row["outcome"] for row in log["audit"]] == ["done"]
+
+
 def test_keys_are_made_listed_without_their_secret_and_revoked(as_json, headrace, up):
     (made,) = as_json("keys", "create", "--name", "mine", "--tenant", "other")
     code, out, _ = headrace("jobs", "--json", HEADRACE_API_KEY=made["key"])
@@ -234,8 +247,11 @@ def test_wrong_usage_is_exit_code_2(headrace):
 
 
 def test_up_announces_what_answers(up):
-    assert set(up.access) == {"api_url", "docs_url", "api_key", "data_dir"}
+    wanted = {"api_url", "docs_url", "api_key", "data_dir"}
+    assert set(up.access) == wanted | {"dashboard_url", "operator", "operator_password"}
     assert httpx.get(up.access["docs_url"]).status_code == 200
+    login = httpx.get(up.access["dashboard_url"], follow_redirects=True)
+    assert (login.status_code, login.url.path) == (200, "/dashboard/login")
     assert httpx.get(f"{up.access['api_url']}/v1/models").status_code == 401
 
 

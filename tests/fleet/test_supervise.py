@@ -9,10 +9,12 @@ import time
 
 import pytest
 
+from headrace.contract.roles import Role
 from headrace.contract.settings import FleetSettings
 from headrace.fleet import programs, supervise
 from headrace.fleet.access import Access, read_access, write_access
 from headrace.fleet.failure import FleetError
+from headrace.fleet.invocation import accounts_at, operators_at
 from headrace.fleet.supervise import Fleet, Stopped
 
 #: Ready at once, and says that it serves the model `tiny`.
@@ -93,6 +95,53 @@ def test_a_key_that_the_database_does_not_know_is_replaced(made, use, given, tmp
     write_access(tmp_path / "data", kept)
     fleet, _, _ = made(**given)
     assert fleet.start().api_key != kept.api_key
+
+
+def test_a_key_without_a_role_is_replaced_by_one_that_opens_the_admin_api(
+    made, use, given, tmp_path
+):
+    use()
+    with accounts_at(given["database_url"]) as accounts:
+        plain = accounts.create_key(tenant="default", name="of an older release").secret
+        (tmp_path / "data").mkdir()
+        write_access(tmp_path / "data", Access("http://127.0.0.1:1", plain, "", ""))
+        fleet, _, _ = made(**given)
+        access = fleet.start()
+        principal = accounts.authenticate(access.api_key)
+    assert principal is not None
+    assert principal.role is Role.ADMIN
+
+
+def test_the_first_start_makes_an_admin_and_the_next_ones_keep_it(made, use, redis_url, tmp_path):
+    use()
+    fleet, _, _ = made(redis_url=redis_url)  # a Postgres of its own: nobody made an operator there
+    first = fleet.start()
+    assert fleet.has_new_operator
+    with operators_at(first.database_url) as operators:
+        session = operators.login(first.operator, first.operator_password, None)
+        assert (session.operator, session.role) == ("admin", Role.ADMIN)
+        operators.create(name="other", password="x" * 12, role=Role.VIEWER)
+    fleet.stop()
+    assert (tmp_path / "data" / "operator-password").stat().st_mode & 0o777 == 0o600
+    fleet, _, _ = made(redis_url=redis_url)
+    second = fleet.start()
+    assert not fleet.has_new_operator
+    assert (second.operator, second.operator_password) == ("admin", first.operator_password)
+    assert second.dashboard_url == f"{second.api_url}/dashboard"
+
+
+def test_where_others_made_the_operators_none_is_made(made, use, given):
+    use()
+    with operators_at(given["database_url"]) as operators:
+        before = {row["name"] for row in operators.list()}
+        if not before:
+            operators.create(name="theirs", password="x" * 12, role=Role.VIEWER)
+            before = {"theirs"}
+        fleet, _, _ = made(**given)
+        access = fleet.start()
+        assert {row["name"] for row in operators.list()} == before
+    assert (access.operator, access.operator_password) == ("", "")
+    assert not fleet.has_new_operator
 
 
 def test_the_access_file_is_private(made, use, given, tmp_path):
@@ -236,3 +285,11 @@ def test_given_servers_are_used_and_not_stopped(made, use, given, tmp_path, valk
     fleet.stop()
     assert valkey.is_alive()
     assert postgres.is_alive()
+
+
+def test_worker_and_tasks_serve_their_metrics_on_two_ports(tmp_path):
+    values, said, stop = FleetSettings(), list[str](), threading.Event()
+    environ = {"HEADRACE_METRICS_BIND": "127.0.0.1:9464"}
+    fleet = Fleet(values, environ, tmp_path, said.append, stop)
+    assert fleet._tasks_bind() == {"HEADRACE_METRICS_BIND": "127.0.0.1:9465"}
+    assert Fleet(values, {}, tmp_path, said.append, stop)._tasks_bind() == {}

@@ -1,5 +1,6 @@
 """Keys: every route needs one, except the few that say so."""
 
+import re
 import time
 
 import pytest
@@ -11,30 +12,43 @@ from headrace.tests.gateway.conftest import client_of
 from headrace.tests.gateway.test_bad_input import check_problem
 
 OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
+#: Where one logs in, and what that page is made of.
+OPEN_PAGES = {"login_page", "login", "dashboard_asset"}
 
 
-def test_every_route_answers_401_without_a_key(app: Flask):
+def test_every_route_answers_401_without_a_key(app: Flask, services):
     client, walked = app.test_client(), set()
+    table = {op.name: op for op in route_table(services)}
     for rule in app.url_map.iter_rules():
-        path = rule.rule.replace("<job_id>", "job_" + "0" * 32)
-        assert "<" not in path, "the walk knows no value for this parameter"
+        op = table[rule.endpoint]
+        path = re.sub(r"<[^>]+>", "job_" + "0" * 32, rule.rule)
         for method in rule.methods or ():
             response = client.open(path, method=method)
-            if rule.rule in OPEN:
-                assert response.status_code in (200, 404), (method, path)
+            if op.is_open:
+                wanted = (403,) if (op.name, method) == ("login", "POST") else (200, 404)
+                assert response.status_code in wanted, (method, path)
+            elif op.is_page and method in ("GET", "HEAD", "OPTIONS"):
+                assert response.status_code == 303, (method, path)
+                assert response.location.startswith("/dashboard/login?next=/dashboard")
             else:
                 assert response.status_code == 401, (method, path)
-                assert response.headers["WWW-Authenticate"].startswith("Bearer")
-                if method not in ("HEAD", "OPTIONS"):
+                if not op.is_page:
+                    assert response.headers["WWW-Authenticate"].startswith("Bearer")
+                if method not in ("HEAD", "OPTIONS") and not op.is_page:
                     check_problem(response, 401, "unauthenticated")
-            walked.add(rule.rule)
-    assert walked >= OPEN | {"/v1/jobs", "/v1/jobs/<job_id>/events"}
+            response.close()
+        walked.add(rule.rule)
+    assert walked >= OPEN | {"/v1/jobs", "/v1/jobs/<job_id>/events", "/v1/admin/me"}
 
 
 def test_only_the_listed_routes_are_open(app: Flask, services):
     table = route_table(services)
-    assert {op.path for op in table if op.is_open} == OPEN
+    assert {op.path for op in table if op.is_open and not op.is_page} == OPEN
+    assert {op.name for op in table if op.is_open and op.is_page} <= OPEN_PAGES
     assert {op.name for op in table} == {rule.endpoint for rule in app.url_map.iter_rules()}
+    for op in table:
+        is_operators = op.path.startswith(("/v1/admin", "/dashboard"))
+        assert op.is_open or is_operators is (op.role is not None), op.path
 
 
 @pytest.mark.parametrize(
