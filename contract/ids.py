@@ -4,7 +4,7 @@
 12 bits that say where in the millisecond, to a quarter of a microsecond, then 62 random bits. So
 ids made one after another in a process sort in that order: lists are newest first.
 
-Called by: gateway (jobs), ledger (keys, tenants), worker (its own name).
+Called by: gateway (jobs), ledger (keys, tenants), worker (its own name, ages of jobs).
 """
 
 from __future__ import annotations
@@ -34,3 +34,8 @@ def new_id(prefix: str) -> str:
 def is_job_id(text: str) -> bool:
     """True when the text has the form of a job id (it may still name no job)."""
     return _JOB_ID.fullmatch(text) is not None
+
+
+def made_ms(identifier: str) -> int:
+    """Return when an id of `new_id` was made, Unix ms by the clock of who made it."""
+    return int(identifier.rpartition("_")[2][:12], 16)

@@ -110,6 +110,7 @@ class JobSpec(_Message, frozen=True, tag="job"):
     prompt_token_ids: tuple[int, ...] | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     deadline_ms: int | None = None  # Unix time
+    traceparent: str | None = None  # W3C trace context, checked: parent of the spans
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -176,14 +177,39 @@ class JobEnd(_Message, frozen=True, tag="end"):
     error_text: str | None = None
 
 
+class GpuFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What NVML says of a GPU."""
+
+    name: str
+    utilization: float  # 0..1, share of the last second a kernel ran
+    memory_used_bytes: int
+    memory_total_bytes: int
+    power_w: float
+    temperature_c: float
+
+
+class WorkerState(StrEnum):
+    """What a worker says of itself; its transitions are drawn in worker/duty.py."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    QUARANTINED = "quarantined"
+
+
 class WorkerBeat(_Message, frozen=True, tag="beat"):
-    """A worker's heartbeat: state and the engine's last step."""
+    """A worker's heartbeat: state, the engine's last step, counts since the worker's start.
+
+    Totals only grow while the worker's process lives, also over engines that died; means and rates
+    are of the time since the beat before.
+    """
 
     worker: str
     model: str
     host: str
     pid: int
-    state: str  # starting | ready | draining
+    state: str  # WorkerState
     started_ms: int
     step: int
     step_age_ms: int  # since the engine's last step, 0 while it has no work
@@ -191,7 +217,23 @@ class WorkerBeat(_Message, frozen=True, tag="beat"):
     num_waiting: int
     free_blocks: int
     total_blocks: int
-    engine_restarts: int = 0
+    engine_restarts: int = 0  # after deaths; those that were ordered do not count
+    version: str = ""
+    engine_pid: int = 0  # 0 = there is none
+    engine_died_ms: int = 0  # Unix time of the last death; 0 = none died
+    step_timeout_ms: int = 30_000  # an engine with work and no step for so long is ended
+    gpus: tuple[GpuFigures, ...] = ()
+    cached_blocks: int = 0
+    max_num_seqs: int = 0
+    num_held: int = 0  # jobs leased to this worker
+    num_preempted: int = 0  # so far
+    prompt_tokens_total: int = 0  # of sequences the engine ran: computed, or found in its cache
+    prefix_hit_tokens_total: int = 0  # of those, found in its cache
+    tokens_total: int = 0  # output tokens
+    tokens_per_s: float = 0.0
+    step_us: int = 0  # mean; 0 = no step
+    batch: float = 0.0  # mean number of sequences that a step decoded
+    latencies: dict[str, tuple[int, ...]] = {}  # latency_bounds.KINDS -> counts since the start
 
 
 class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -21,7 +21,7 @@ def main() -> int:
     """Run one worker from the environment's settings."""
     try:
         settings = WorkerSettings.from_env(os.environ)
-        log.configure(settings.log_level, "worker")
+        log.configure(settings.log_level, "worker", settings.log_format)
         worker = build(settings, dict(os.environ))
     except ConfigurationError as error:
         print(f"headrace worker: {error.detail}", file=sys.stderr)

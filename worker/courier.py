@@ -12,6 +12,8 @@ Invariants:
 4. The loop never waits for Postgres, and for Redis only within one flush; the engine never waits
    for the loop.
 
+Size: one owner of one state; each act on it is short, and they are read against one another.
+
 Called by: lifecycle, in the main thread (engine processes end with the thread that started them).
 """
 
@@ -36,9 +38,11 @@ from headrace.worker.endings import Endings
 from headrace.worker.engine_link import EngineLink, admission
 from headrace.worker.frames import Cancel, Failure, Fatal, Ready, Reason, StepFrame, StepStats
 from headrace.worker.held import Held
+from headrace.worker.latencies import Latencies
 from headrace.worker.metrics import Metrics
 from headrace.worker.room import Room
 from headrace.worker.running import RunningJob
+from headrace.worker.totals import EngineTotals
 
 #: Seconds between flushes that failed.
 RETRY_S = 0.2
@@ -62,6 +66,7 @@ class Courier:
         held: Held,
         room: Room,
         metrics: Metrics,
+        latencies: Latencies,
         ring: Callable[[], None],  # room has come free
     ) -> None:
         self._model = model
@@ -73,6 +78,7 @@ class Courier:
         self._held = held
         self._room = room
         self._metrics = metrics
+        self._latencies = latencies
         self._ring = ring
         self._jobs: dict[int, RunningJob] = {}  # by sequence id
         self._by_id: dict[str, RunningJob] = {}
@@ -84,8 +90,10 @@ class Courier:
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
         self._flush_at = 0.0  # monotonic s; 0 = nothing to flush
+        self._frame_at = 0.0  # monotonic s, of the engine's last frame
         self._emitter = Emitter(model=model, worker=worker, tokens=tokens, metrics=metrics)
         self.stats = StepStats()
+        self.totals = EngineTotals()
         self.fatal: Fatal | None = None
 
     # -- for other threads -------------------------------------------------------------------
@@ -167,7 +175,10 @@ class Courier:
         """Let work in, and tell where the start's seconds and bytes went."""
         tokens = ready.num_blocks * ready.block_size
         self._room.opened(tokens, ready.max_seq_tokens, ready.max_num_seqs)
-        self._metrics.started(ready.stages)
+        # Until its first step: what the engine before said last is true no more.
+        self.stats = StepStats(free_blocks=ready.num_blocks, total_blocks=ready.num_blocks)
+        self.totals.opened()
+        self._metrics.started(ready.stages, ready.block_size)
         told: dict[str, Any] = {}
         for stage in ready.stages:
             name = re.sub(r"\W+", "_", stage.name.lower()).strip("_")
@@ -179,8 +190,11 @@ class Courier:
         """Take the tokens of one engine step."""
         self.stats = frame.stats
         self._metrics.step(frame.stats)
+        self.totals.step(frame)
+        self._latencies.stepped(frame)
         if self._room.reported(frame.stats.room_tokens, frame.stats.num_admits_total):
             self._ring()
+        self._frame_at = time.monotonic()
         logprobs = iter(frame.logprobs)
         # As tuples: a numpy scalar a field costs more than all else a token does here.
         for seq_id, token, index, cached_tokens, reason, num_logprobs, _ in frame.entries.tolist():
@@ -205,6 +219,8 @@ class Courier:
                 )
             asked = None if values is None else TokenLogprobs(values[0], tuple(values[1]))
             job.take(token, is_last=reason is not Reason.GOING_ON, logprobs=asked)
+            if index == 0:
+                self._latencies.first_token(job.job)
         match reason:
             case Reason.STOP_TOKEN:
                 job.end(JobStatus.SUCCEEDED, FinishReason.STOP)
@@ -246,7 +262,7 @@ class Courier:
     def flush(self) -> None:
         """Append and publish all new tokens in one command; pass on the jobs that have ended."""
         self._flush_at = 0.0
-        for job, state in self._emitter.log(self._by_id.values()):
+        for job, state in self._emitter.log(self._by_id.values(), self._frame_at):
             if state is Append.STALE:
                 self._lose(job.job, job.attempt)
                 continue
@@ -267,6 +283,7 @@ class Courier:
         older = self._by_id.get(job.job)
         if older is not None:  # our own lease ran out and we claimed it again
             self._drop(older)
+        self._metrics.begun(job)
         job.seq_id, self._next_seq_id = self._next_seq_id, self._next_seq_id + 1
         self._by_id[job.job] = self._jobs[job.seq_id] = job
         if job.ending is not None:
@@ -274,6 +291,7 @@ class Courier:
             return
         if job.spec.deadline_ms is not None:
             self._next_deadline_ms = min(self._next_deadline_ms, job.spec.deadline_ms)
+        job.stamps.admitted_at = time.monotonic()
         self._link.send(admission(job))
         self._room.admitted(job.job)
 

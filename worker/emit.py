@@ -44,9 +44,15 @@ class Emitter:
         since = self._failing_since
         return since is not None and time.monotonic() - since > PATIENCE_S
 
-    def log(self, jobs: Iterable[RunningJob]) -> list[tuple[RunningJob, Append | Overlap]]:
+    def log(
+        self,
+        jobs: Iterable[RunningJob],
+        made_at: float,  # monotonic s, of the engine's last frame
+    ) -> list[tuple[RunningJob, Append | Overlap]]:
         """Append and publish the jobs' new tokens; return those whose log did not take them all."""
         pending = [(job, chunk) for job in jobs if (chunk := job.chunk()) is not None]
+        for job, _ in pending:
+            job.stamps.made(made_at)
         if not pending:
             self._failing_since = None
             return []

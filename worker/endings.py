@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -20,9 +21,12 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.ledger import Finish, Ledger
 from headrace.contract.streams import JobStreams
 from headrace.contract.tokens import TokenLog
+from headrace.contract.wire import JobStatus
 from headrace.worker.held import Held
+from headrace.worker.latencies import Latencies
 from headrace.worker.metrics import Metrics
 from headrace.worker.running import RunningJob
+from headrace.worker.spans import JobSpans
 
 #: Error code of a job whose result Postgres refuses for what it holds.
 UNSTORABLE = "result_unstorable"
@@ -43,6 +47,8 @@ class Endings:
         streams: JobStreams,
         held: Held,
         metrics: Metrics,
+        latencies: Latencies,
+        spans: JobSpans,
     ) -> None:
         self._model = model
         self._worker = worker
@@ -51,6 +57,8 @@ class Endings:
         self._streams = streams
         self._held = held
         self._metrics = metrics
+        self._latencies = latencies
+        self._spans = spans
         self._queue: queue.SimpleQueue[RunningJob | None] = queue.SimpleQueue()
         self._give_up = threading.Event()
         self._num_open = 0
@@ -87,13 +95,14 @@ class Endings:
         finish: Finish | None = None
         while finish is None:
             try:
-                finish = self._ledger.finish(job.job, job.attempt, ending)
+                finish = self._ledger.finish(job.job, job.attempt, ending, job.timings())
+                job.stamps.committed_at = time.monotonic()
             except Unavailable as error:
                 if self._wait(job, error):
                     return
-            except SQLAlchemyError:
+            except SQLAlchemyError as error:
                 # Postgres refuses this very result: the job fails, the worker and the others go on.
-                log.logger.exception("result.unstorable job=%s", job.job)
+                log.failure("result.unstorable", error, job=job.job, worker=self._worker)
                 if ending.error_code == UNSTORABLE:
                     return
                 ending = job.fail(UNSTORABLE, "the result could not be stored: report this job")
@@ -111,7 +120,10 @@ class Endings:
             tokens=len(ending.token_ids),
             code=ending.error_code,
         )
-        self._metrics.jobs_ended.labels(status=ending.status).inc()
+        self._metrics.ended(job, ending.status, ending.finish_reason)
+        self._spans.ended(job, ending.status, ending.error_code)
+        if ending.status is JobStatus.SUCCEEDED:
+            self._latencies.succeeded(job.job)
         while True:
             try:
                 self._tokens.end(self._model, [job.end_record()])

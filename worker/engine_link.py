@@ -141,7 +141,7 @@ class EngineLink:
             return process.wait()
 
 
-def config_of(settings: WorkerSettings) -> EngineConfig:
+def config_of(settings: WorkerSettings, worker: str = "") -> EngineConfig:
     """Cut the engine's slice out of the settings; `auto` is left to the engine."""
     kv_mb, target_ms = settings.kv_cache_mb, settings.target_step_ms
     return EngineConfig(
@@ -161,6 +161,8 @@ def config_of(settings: WorkerSettings) -> EngineConfig:
         runner=settings.runner,
         stub_step_ms=settings.stub_step_ms,
         stub_lost_steps=settings.stub_lost_steps,
+        log_format=settings.log_format,
+        worker=worker,
     )
 
 

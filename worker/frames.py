@@ -115,6 +115,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stub_step_ms: float = 0.0  # how long a step of the stub takes
     stub_depth: int = 0  # steps of the stub in flight before the oldest is collected
     stub_lost_steps: int = 0  # steps after which the stub's device is lost; 0 = never
+    log_format: Literal["text", "json"] = "text"
+    worker: str = ""  # whose engine it is, for its log
     debug_check: bool = False  # assert the invariants of pool and scheduler each step
 
 
@@ -136,6 +138,7 @@ class Ready(msgspec.Struct, frozen=True):
     device: Literal["cpu", "cuda"]  # what `auto` came to
     max_num_seqs: int  # running at once
     stages: list[StartStage]  # where the start's seconds and bytes went, in order
+    gpu: str = ""  # UUID of the device, as NVML writes it; empty on a CPU
 
 
 class Fatal(msgspec.Struct, frozen=True):

@@ -11,6 +11,8 @@ Invariants:
    is renewed all that time.
 3. Any failure between claim and admission leaves the job claimable: its lease runs out, or its end
    is committed. It is never dropped in silence.
+4. It begins paused. Once paused it begins no claim, and `is_resting` is true from when the one in
+   hand, if any, has delivered all it will: then nothing more comes out of here.
 
 Called by: lifecycle, as a thread of its own.
 """
@@ -33,6 +35,7 @@ from headrace.contract.wire import FinishReason, JobStatus
 from headrace.worker.held import Held
 from headrace.worker.room import Room
 from headrace.worker.running import RunningJob
+from headrace.worker.stamps import Stamps
 from headrace.worker.text import OutputText
 
 #: Jobs claimed by one call: enough to fill a batch quickly, few enough to share with other workers.
@@ -72,6 +75,25 @@ class Intake:
         self._deliver = deliver
         self.bell = threading.Event()  # rung by a wake message, and when room has come free
         self._is_quiet = threading.Event()
+        self._lock = threading.Lock()  # of the two flags, never held over a claim
+        self._is_paused, self._is_claiming = True, False
+
+    def pause(self) -> None:
+        """Begin no claim until `resume`."""
+        with self._lock:
+            self._is_paused = True
+
+    def resume(self) -> None:
+        """Claim (again), at once."""
+        with self._lock:
+            was_paused, self._is_paused = self._is_paused, False
+        if was_paused:
+            self.bell.set()
+
+    @property
+    def is_resting(self) -> bool:
+        with self._lock:
+            return self._is_paused and not self._is_claiming
 
     def quiet(self) -> None:
         """Claim nothing more."""
@@ -79,16 +101,29 @@ class Intake:
         self.bell.set()
 
     def run(self) -> None:
-        """Claim until told to be quiet."""
+        """Claim, while not paused, until told to be quiet."""
         while not self._is_quiet.is_set():
             self.bell.wait(POLL_S)
             self.bell.clear()
             try:
-                while not self._is_quiet.is_set() and self._claim_once():
+                while not self._is_quiet.is_set() and self._claim_unless_paused():
                     pass
             except Unavailable as error:
-                log.event("claim.delayed", level=logging.WARNING, code=error.code)
+                log.event(
+                    "claim.delayed", level=logging.WARNING, worker=self._worker, code=error.code
+                )
                 self._is_quiet.wait(RETRY_S)
+
+    def _claim_unless_paused(self) -> bool:
+        with self._lock:
+            if self._is_paused:
+                return False
+            self._is_claiming = True
+        try:
+            return self._claim_once()
+        finally:
+            with self._lock:
+                self._is_claiming = False
 
     def _claim_once(self) -> bool:
         """Claim what there is room for; True when more may be waiting."""
@@ -109,6 +144,7 @@ class Intake:
 
     def _begin(self, claims: tuple[Claim, ...]) -> None:
         """Pick the claimed jobs up in one transaction and start each."""
+        claimed_at = time.monotonic()
         pickups = self._pick_up([claim.job for claim in claims])
         if pickups is None:
             return  # the lease runs out and somebody claims them again
@@ -122,6 +158,13 @@ class Intake:
             if job is None:
                 self._held.remove(claim.job, pickup.attempt)
             else:
+                job.stamps = Stamps(
+                    claimed_at=claimed_at,
+                    picked_up_at=pickup.asked_at,
+                    age_s=pickup.age_s,
+                    waited_s=pickup.waited_s,
+                    was_lost=pickup.was_lost,
+                )
                 self._room.reserve(claim.job, claim.cost_tokens)
                 self._deliver(job)
 
@@ -140,7 +183,9 @@ class Intake:
             try:
                 return self._ledger.pick_up(job_ids, self._worker)
             except Unavailable as error:
-                log.event("pickup.delayed", level=logging.WARNING, code=error.code)
+                log.event(
+                    "pickup.delayed", level=logging.WARNING, worker=self._worker, code=error.code
+                )
                 if time.monotonic() > give_up_at or self._is_quiet.wait(RETRY_S):
                     return None
 
@@ -149,7 +194,13 @@ class Intake:
         try:
             fenced = self._tokens.fence(self._model, claim.job, attempt, self._worker)
         except Unavailable as error:
-            log.event("fence.failed", level=logging.WARNING, job=claim.job, code=error.code)
+            log.event(
+                "fence.failed",
+                level=logging.WARNING,
+                job=claim.job,
+                worker=self._worker,
+                code=error.code,
+            )
             return None
         if fenced is None:
             log.event("job.lost", job=claim.job, worker=self._worker, attempt=attempt)
@@ -189,8 +240,8 @@ class Intake:
                 prompt_ids = self._prompt_ids(spec)
             except HeadraceError as refused:
                 error = refused
-            except Exception:  # noqa: BLE001  a tokenizer may raise anything; it is this job's end
-                log.logger.exception("prompt.refused job=%s", claim.job)
+            except Exception as raised:  # noqa: BLE001  a tokenizer may raise anything: the job's end
+                log.failure("prompt.refused", raised, job=claim.job, worker=self._worker)
                 error = EngineRefused("the prompt cannot be tokenised by this model: change it")
         job = RunningJob(
             spec=spec,
@@ -235,7 +286,13 @@ class Intake:
         try:
             self._tokens.announce(self._model, [started])
         except Unavailable as error:  # subscribers see `started` from the first token, or the row
-            log.event("announce.failed", level=logging.WARNING, job=job.job, code=error.code)
+            log.event(
+                "announce.failed",
+                level=logging.WARNING,
+                job=job.job,
+                worker=self._worker,
+                code=error.code,
+            )
 
 
 def _unreadable(job: str, model: str) -> wire.JobSpec:

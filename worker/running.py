@@ -20,6 +20,7 @@ import msgspec
 from headrace.contract.errors import DeadlineExceeded
 from headrace.contract.ledger import Ending
 from headrace.contract.streams import Claim
+from headrace.contract.timings import Timings
 from headrace.contract.wire import (
     FinishReason,
     JobEnd,
@@ -28,6 +29,7 @@ from headrace.contract.wire import (
     TokenChunk,
     TokenLogprobs,
 )
+from headrace.worker.stamps import Stamps
 from headrace.worker.text import OutputText
 
 #: What -inf becomes: JSON has no infinity, and OpenAI's API uses this number.
@@ -52,6 +54,7 @@ class RunningJob:
     resumed: tuple[TokenChunk, ...] = ()  # what earlier attempts logged
     cached_tokens: int = 0
     ending: Ending | None = None
+    stamps: Stamps = field(default_factory=Stamps)
 
     @property
     def job(self) -> str:
@@ -170,6 +173,11 @@ class RunningJob:
             ends=tuple(end - start for end in self.ends[first:last]),
             logprobs=tuple(self.logprobs[first:last]) if asked else None,
         )
+
+    def timings(self) -> Timings:
+        """Return where this attempt's time went, and how many tokens it made."""
+        resumed_at = self.resumed[-1].next if self.resumed else 0
+        return self.stamps.timings(resumed_at=resumed_at, num_tokens=len(self.ids) - resumed_at)
 
     def end_record(self) -> JobEnd:
         """Return the record that follows the last token in the log."""

@@ -18,12 +18,15 @@ from headrace.contract.prompts import Prompts
 from headrace.contract.specs import spec_of
 from headrace.contract.streams import JobStreams
 from headrace.contract.tokens import TokenLog
+from headrace.contract.tracing import Traces
 from headrace.worker.endings import Endings
 from headrace.worker.held import Held
 from headrace.worker.intake import Intake
+from headrace.worker.latencies import Latencies
 from headrace.worker.metrics import Metrics
 from headrace.worker.room import Room
 from headrace.worker.running import RunningJob
+from headrace.worker.spans import JobSpans
 
 MODEL = "bytes"
 END = 256  # the model's end token
@@ -57,10 +60,12 @@ class Bench:
     prompts: Prompts
     name: str = "w1"
     delivered: list[RunningJob] = field(default_factory=list)
+    traces: Traces | None = None
 
     def __post_init__(self) -> None:
         self.ledger, self.streams = Ledger(self.engine), JobStreams(self.client)
         self.tokens, self.held, self.metrics = TokenLog(self.client), Held(), Metrics()
+        self.latencies = Latencies()
         self.room = Room()
         self.room.opened(10_000, 100, max_num_seqs=8)
         self.key = Accounts(self.engine).create_key(tenant="t", name="n")
@@ -84,6 +89,8 @@ class Bench:
             streams=self.streams,
             held=self.held,
             metrics=self.metrics,
+            latencies=self.latencies,
+            spans=JobSpans(self.traces, MODEL, self.name),
         )
 
     def accept(self, *, given: dict[str, Any] | None = None, **sampling: Any) -> str:

@@ -70,6 +70,7 @@ class Loop:
             held=bench.held,
             room=bench.room,
             metrics=bench.metrics,
+            latencies=bench.latencies,
             ring=self.ring,
         )
 

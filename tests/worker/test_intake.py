@@ -1,11 +1,40 @@
 """Intake on real stores: what becomes of an entry between claim and engine."""
 
+import time
+
 import pytest
 
 from headrace.contract import keys, wire
 from headrace.contract.ledger import Ending
 from headrace.contract.wire import FinishReason, JobStatus
 from headrace.tests.worker.conftest import END, MODEL
+
+
+def test_invariant_4_it_begins_paused_and_rests_when_no_claim_is_in_hand(bench):
+    bench.accept()
+    intake = bench.intake
+    assert not intake._claim_unless_paused()
+    assert (bench.delivered, intake.is_resting) == ([], True)
+    intake.resume()
+    assert intake.bell.is_set(), "what waits is claimed at once"
+    assert intake._claim_unless_paused()
+    assert len(bench.delivered) == 1
+    assert not intake.is_resting, "the next claim may come at any time"
+
+
+def test_invariant_4_a_pause_in_the_middle_of_a_claim_rests_after_it(bench):
+    bench.accept()
+    resting = []
+
+    def deliver(job):
+        bench.intake.pause()
+        resting.append(bench.intake.is_resting)
+
+    bench.intake._deliver = deliver
+    bench.intake.resume()
+    bench.intake._claim_unless_paused()
+    assert resting == [False]
+    assert bench.intake.is_resting
 
 
 def test_a_claimed_job_is_running_held_fenced_and_tokenised(bench):
@@ -123,3 +152,24 @@ def test_a_cancellation_asked_before_the_pickup_ends_the_job(bench):
     (job,) = bench.claim()
     assert job.ending is not None
     assert job.ending.status is JobStatus.CANCELED
+
+
+def test_a_started_job_says_how_long_it_had_waited_by_postgres_clock(bench):
+    before = time.monotonic()
+    job_id = bench.accept()
+    row = bench.row(job_id)
+    (job,) = bench.claim()
+    assert before <= job.stamps.claimed_at <= job.stamps.picked_up_at <= time.monotonic()
+    waited_s = (bench.row(job_id)["started_at"] - row["created_at"]).total_seconds()
+    assert job.stamps.waited_s == pytest.approx(waited_s, abs=1e-5)
+    assert not job.stamps.was_lost
+
+
+def test_a_takeover_counts_the_time_of_the_dead_attempt_and_a_hand_back_does_not(bench):
+    lost, handed_back = bench.accept(), bench.accept()
+    bench.ledger.pick_up([lost, handed_back], "w0")
+    assert bench.ledger.hand_back(handed_back, 1)
+    by_id = {job.job: job.stamps for job in bench.claim()}
+    assert by_id[lost].was_lost
+    assert not by_id[handed_back].was_lost
+    assert 0 < by_id[handed_back].waited_s < by_id[lost].waited_s < 60

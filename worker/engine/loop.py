@@ -17,6 +17,8 @@ Invariants:
  5. At most depth + 1 steps are in flight, and results are collected in order of submission.
 
 Called by: worker/engine_link.py, which starts it as a process.
+
+Size: the whole life of a token is read here in one go.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import msgspec
 import numpy as np
 import torch
 
+from headrace.contract import log
 from headrace.worker import frames
 from headrace.worker.engine import sampling
 from headrace.worker.engine.architecture import UnsupportedModel
@@ -46,7 +49,7 @@ from headrace.worker.engine.outcome import Outcome, end_entries, take_results
 from headrace.worker.engine.runner import DeviceLost, Runner, build_runner, resolve_config
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence, SequenceError, check_asked
-from headrace.worker.engine.startup import StartupLedger, fill_limits
+from headrace.worker.engine.startup import StartupLedger, fill_limits, gpu_uuid
 from headrace.worker.frames import Admit, Cancel, EngineConfig, Reason, Stop
 
 #: seconds given to the courier to read the last frames of an engine that ends.
@@ -234,8 +237,7 @@ class Engine:
         if self._ends:
             entries = np.concatenate((entries, end_entries(self._ends)))
             self._ends = []
-        stats = self._stats(batch, step_ns)
-        self._writer.send(frames.pack_step(stats, entries, logprobs))
+        self._writer.send(frames.pack_step(self._stats(batch, step_ns), entries, logprobs))
 
     def _stats(self, batch: Batch | None, step_ns: int) -> frames.StepStats:
         scheduler, pool = self.scheduler, self.scheduler.pool
@@ -293,10 +295,13 @@ def _serve(sock: socket.socket, config_json: str) -> None:
     ledger = StartupLedger()
     ledger.note_imports()
     config = resolve_config(msgspec.json.decode(config_json, type=EngineConfig))
+    log.configure("INFO", "engine", config.log_format)
+    log.identify(worker=config.worker)
     runner = build_runner(config, ledger)
     engine = Engine(runner, config, sock)
-    print("\n".join(ledger.lines()), file=sys.stderr, flush=True)
-    # What is loaded lives as long as the process; the collector need not walk it again and again.
+    if config.log_format == "text":  # else the courier's engine.opened says it
+        print("\n".join(ledger.lines()), file=sys.stderr, flush=True)
+    # What is loaded lives as long as the process: the collector need not walk it again.
     gc.collect()
     gc.freeze()
     ready = frames.Ready(
@@ -309,6 +314,7 @@ def _serve(sock: socket.socket, config_json: str) -> None:
         device="cuda" if config.device == "cuda" else "cpu",
         max_num_seqs=config.max_num_seqs,
         stages=ledger.entries,
+        gpu=gpu_uuid(config),
     )
     sock.sendall(frames.pack_notice(ready))
     engine.run()
@@ -329,7 +335,7 @@ def _send_last_words(sock: socket.socket, error: Exception) -> None:
     code = codes.get(type(error), "engine_failed")
     text = str(error) or type(error).__name__
     if code == "engine_failed":  # for the worker's log, not the wire
-        sys.excepthook(type(error), error, error.__traceback__)
+        log.failure("engine.failed", error)
     writer = frames.FrameWriter(sock)
     try:
         writer.send(frames.pack_notice(frames.Fatal(code, text)))

@@ -15,7 +15,7 @@ Invariants:
 2. A limit that somebody named is kept or refused, never changed; one that nobody named gives way.
 3. A ledger's stages are in the order of the start and do not overlap.
 
-Called by: runner.py (both), loop.py (sends the ledger on); gpu_start.py (its stages).
+Called by: runner.py (both), loop.py (sends ledger and UUID on); gpu_start.py (its stages).
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ def fill_limits(config: EngineConfig) -> EngineConfig:
     if not is_gpu:
         _refuse_fp8(filled)
     return filled
+
+
+def gpu_uuid(config: EngineConfig) -> str:
+    """Return the engine's GPU as NVML names it, for the courier to watch; empty without one."""
+    if config.device != "cuda" or config.runner == "stub" or not torch.cuda.is_available():
+        return ""  # the stub touches no device, Triton's interpreter has none
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return "GPU-" + uuid.removeprefix("GPU-")
 
 
 def _refuse_limits(config: EngineConfig) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from headrace.worker.engine import runner, startup
 from headrace.worker.engine.runner import resolve_config
-from headrace.worker.engine.startup import StartupLedger, fill_limits
+from headrace.worker.engine.startup import StartupLedger, fill_limits, gpu_uuid
 from headrace.worker.frames import EngineConfig
 
 
@@ -99,3 +99,11 @@ def test_the_age_of_this_process_grows_with_the_clock():
     assert first > 0.1, "imports alone take longer"
     later = startup._process_age_s()
     assert 0 < later - first < time.monotonic() - began
+
+
+def test_a_gpu_is_named_as_nvml_names_it_and_none_where_there_is_none():
+    """Triton's interpreter runs an engine for `cuda` on a machine without one."""
+    assert gpu_uuid(EngineConfig("", device="cpu")) == ""
+    assert gpu_uuid(EngineConfig("", device="cuda", runner="stub")) == ""
+    found = gpu_uuid(EngineConfig("", device="cuda"))
+    assert found.startswith("GPU-") if torch.cuda.is_available() else found == ""
