@@ -27,12 +27,30 @@ Per model, written by the scripts of `streams.py` and `tokens.py` alone:
   hr:{m}:log:<id>  list of wire.TokenChunk, then one wire.JobEnd: the token log  (append; follower)
       lifetime: RUNNING_TTL_S after the last write; LOG_TTL_S after the end (Postgres has it then)
   hr:{m}:subs:<id> zset gateway shard -> ms until which it wants the job's frames (subscribe)
+  hr:{m}:counts    hash, what happened since this Redis is there: accepted   (enqueue)
+      ended:<status>                                                         (end)
+      tokens                                                                 (append)
+      takeovers, jobs taken from a silent worker                             (claim)
+      reader sampler
+  hr:{m}:takeovers hash lane name -> takeovers; lifetime TAKEOVERS_TTL_S after the last one (claim)
+  hr:{m}:paused    set of `<class>:<tenant>`, `*` for all: claim gives nothing new of such lanes;
+      a copy of the table queue_pauses                               (gateway, sweeper; claim)
 
 Fleet-wide:
 
   hr:worker:<id>   string wire.WorkerBeat, lifetime three beats                   (courier; sweeper)
+  hr:worker-last:<id>  the same, lifetime WORKER_LAST_S: what it was when it died (courier; gateway)
   hr:workers       zset worker id -> ms of its last beat                          (courier; gateway)
   hr:epoch         string: ms at which this Redis was first seen; gone = it was wiped  (sweeper)
+  hr:streams       hash gateway shard -> `<ms of report>:<open event streams>`  (gateway; sampler)
+
+Written by the sampler (tasks), read by it and the dashboards of the gateways; see live.py:
+
+  hr:sample        string live.Sampled: the newest sample and the alarms
+  hr:sampler       string: somebody samples now; lifetime a little less than a tick
+  hr:snapshots     zset live.Snapshot, score = its ms: what counted up, of the last minutes
+  hr:history:5s    list of live.Point, the last hour's, oldest first
+  hr:history:1m    list of live.Point, one a minute of the last day, oldest first
 
 Channels (pub/sub; nothing is lost with a message, each has a slower way that finds the same):
 
@@ -52,9 +70,19 @@ RUNNING_TTL_S = 7 * 24 * 3600
 LOG_TTL_S = 300
 #: Seconds a job's hash stays after its end, so that a late relay does not enqueue it again.
 JOB_TTL_S = 300
+#: Seconds a lane's number of takeovers is remembered after the last one.
+TAKEOVERS_TTL_S = 24 * 3600
+#: Seconds a worker's last beat is kept after it went silent.
+WORKER_LAST_S = 3600
 
 WORKERS = "hr:workers"
 EPOCH = "hr:epoch"
+STREAMS = "hr:streams"
+SAMPLE = "hr:sample"
+SAMPLER = "hr:sampler"
+SNAPSHOTS = "hr:snapshots"
+HISTORY_5S = "hr:history:5s"
+HISTORY_1M = "hr:history:1m"
 #: Key prefix of the task queue (Celery), which shares the server.
 CELERY_PREFIX = "hr:celery:"
 
@@ -90,6 +118,18 @@ def subscribers(model: str, job: str) -> str:
     return f"{prefix(model)}subs:{job}"
 
 
+def counts(model: str) -> str:
+    return f"{prefix(model)}counts"
+
+
+def takeovers(model: str) -> str:
+    return f"{prefix(model)}takeovers"
+
+
+def paused(model: str) -> str:
+    return f"{prefix(model)}paused"
+
+
 def wake_channel(model: str) -> str:
     return f"{prefix(model)}wake"
 
@@ -100,3 +140,7 @@ def shard_channel(shard: str) -> str:
 
 def worker_beat(worker: str) -> str:
     return f"hr:worker:{worker}"
+
+
+def worker_last(worker: str) -> str:
+    return f"hr:worker-last:{worker}"

@@ -21,6 +21,7 @@ end
 local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[5], 'cost', ARGV[6])
 redis.call('HSET', hash, 'lane', lane, 'entry', id)
 redis.call('EXPIRE', hash, ARGV[8])
+redis.call('HINCRBY', P..'counts', 'accepted', 1)
 if redis.call('SISMEMBER', P..'lanes', lane) == 0 then
   local present = false
   local function least(set)  -- what the least served other tenant of these lanes was served
@@ -46,7 +47,7 @@ return 1
 """
 
 CLAIM = """
--- KEYS 1 lanes | ARGV prefix consumer lease_ms room max_jobs is_idle
+-- KEYS 1 lanes | ARGV prefix consumer lease_ms room max_jobs is_idle takeovers_ttl_s
 local P, me, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local room, left, idle = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] == '1'
 local now = redis.call('TIME')
@@ -94,6 +95,11 @@ for _, lane in ipairs(redis.call('SMEMBERS', P..'held')) do
         if is_current(lane, p[1], f) then
           if not fits(tonumber(f.cost)) then return {given, 1} end
           redis.call('XCLAIM', stream, 'workers', me, lease, p[1])
+          if p[2] ~= 'nobody' then  -- handed back in good order is no takeover
+            redis.call('HINCRBY', P..'counts', 'takeovers', 1)
+            redis.call('HINCRBY', P..'takeovers', lane, 1)
+            redis.call('EXPIRE', P..'takeovers', ARGV[7])
+          end
           give('takeover', lane, p[1], f)
         end
       end
@@ -112,27 +118,47 @@ local function head(lane)  -- the lane's oldest entry nobody was given
   end
   return redis.call('XRANGE', stream, '('..last, '+', 'COUNT', 1)[1], last
 end
+local paused, has_pauses = {}, false
+for _, pause in ipairs(redis.call('SMEMBERS', P..'paused')) do
+  paused[pause], has_pauses = true, true
+end
+local function is_paused(lane)
+  if not has_pauses then return false end
+  local class, tenant = lane:match('^([^:]*):[^:]*:(.*)$')
+  return paused['*:*'] or paused[class..':*'] or paused['*:'..tenant] or paused[class..':'..tenant]
+end
+local function urgent_lane()
+  local num_paused = 0  -- met so far: they stay, those behind them get their turn
+  while true do
+    local due = redis.call('ZRANGEBYSCORE', P..'urgent', '-inf', now, 'LIMIT', num_paused, 16)
+    if #due == 0 then return nil end
+    for _, member in ipairs(due) do
+      local lane, id = member:match('^(.*)|([^|]*)$')
+      local entry, last = head(lane)
+      if not (entry and id_after(id, last)) then redis.call('ZREM', P..'urgent', member)
+      elseif is_paused(lane) then num_paused = num_paused + 1
+      else return lane end
+    end
+  end
+end
 local charged = {}  -- what this call gave, so that one call shares too
 local function next_lane()
-  local due = redis.call('ZRANGEBYSCORE', P..'urgent', '-inf', now, 'LIMIT', 0, 16)
-  for _, member in ipairs(due) do
-    local lane, id = member:match('^(.*)|([^|]*)$')
-    local entry, last = head(lane)
-    if entry and id_after(id, last) then return lane end
-    redis.call('ZREM', P..'urgent', member)
-  end
+  local urgent = urgent_lane()
+  if urgent then return urgent end
   local class_rank = {interactive = 0, batch = 1}
   local priority_rank = {high = 0, normal = 1, low = 2}
   local best, best_key = nil, nil
   for _, lane in ipairs(redis.call('SMEMBERS', P..'lanes')) do
-    local class, priority, tenant = lane:match('^([^:]*):([^:]*):(.*)$')
-    local served = tonumber(redis.call('HGET', P..'served', tenant) or '0')
-    served = served + (charged[tenant] or 0)
-    local key = {class_rank[class] or 9, served, priority_rank[priority] or 9, lane}
-    if not best_key then best, best_key = lane, key end
-    for i = 1, 4 do
-      if key[i] < best_key[i] then best, best_key = lane, key break end
-      if key[i] > best_key[i] then break end
+    if not is_paused(lane) then
+      local class, priority, tenant = lane:match('^([^:]*):([^:]*):(.*)$')
+      local served = tonumber(redis.call('HGET', P..'served', tenant) or '0')
+      served = served + (charged[tenant] or 0)
+      local key = {class_rank[class] or 9, served, priority_rank[priority] or 9, lane}
+      if not best_key then best, best_key = lane, key end
+      for i = 1, 4 do
+        if key[i] < best_key[i] then best, best_key = lane, key break end
+        if key[i] > best_key[i] then break end
+      end
     end
   end
   return best
@@ -234,6 +260,39 @@ redis.call('PUBLISH', ARGV[1]..'wake', 'cancel '..ARGV[2])
 return 1
 """
 
+MOVE = """
+-- KEYS 1 lanes | ARGV prefix job lane spec cost
+-- 1 moved, 0 it is in that lane already (a repeat), 2 a worker was given it, 3 not known here.
+-- The new entry is the youngest of its lane; its tenant had work queued, so `served` stays.
+local P, job, lane = ARGV[1], ARGV[2], ARGV[3]
+local hash = P..'job:'..job
+local h = redis.call('HMGET', hash, 'lane', 'entry', 'end')
+if not h[1] or h[3] then return 3 end
+if h[1] == lane then return 0 end
+local old, stream = P..'lane:'..h[1], P..'lane:'..lane
+if #redis.call('XRANGE', old, h[2], h[2]) == 0 then return 3 end
+if #redis.call('XPENDING', old, 'workers', h[2], h[2], 1) > 0 then return 2 end
+if redis.call('EXISTS', stream) == 0 then
+  redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+end
+local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[4], 'cost', ARGV[5])
+redis.call('HSET', hash, 'lane', lane, 'entry', id)
+redis.call('SADD', P..'lanes', lane)
+local due = redis.call('ZSCORE', P..'urgent', h[1]..'|'..h[2])
+if due then
+  redis.call('ZREM', P..'urgent', h[1]..'|'..h[2])
+  redis.call('ZADD', P..'urgent', due, lane..'|'..id)
+end
+redis.call('XDEL', old, h[2])
+if redis.call('XLEN', old) == 0 then
+  redis.call('DEL', old)
+  redis.call('SREM', P..'lanes', h[1])
+  redis.call('SREM', P..'held', h[1])
+end
+redis.call('PUBLISH', P..'wake', 'work')
+return 1
+"""
+
 RESTORE = """
 -- KEYS 1 lanes | ARGV prefix consumer job attempt gen next lane spec cost ttl_s log...
 -- This Redis lost the job while its worker ran on: the worker puts back what it knows.
@@ -269,20 +328,36 @@ return 1
 """
 
 DEPTHS = """
--- KEYS 1 lanes | ARGV prefix
+-- KEYS 1 lanes | ARGV prefix lane...
+-- per lane: name length pending lag oldest (not given) num_back oldest_back (handed back) holders
 local P, out = ARGV[1], {}
-for _, lane in ipairs(redis.call('SUNION', P..'lanes', P..'held')) do
-  local stream = P..'lane:'..lane
-  if redis.call('EXISTS', stream) == 1 then
-    local held, last = 0, '0-0'
+for n = 2, #ARGV do
+  local stream = P..'lane:'..ARGV[n]
+  local length = redis.call('XLEN', stream)
+  if length > 0 then
+    local held, last, lag = 0, '0-0', ''
     for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
       for i = 1, #group, 2 do
         if group[i] == 'last-delivered-id' then last = group[i + 1] end
         if group[i] == 'pending' then held = group[i + 1] end
+        if group[i] == 'lag' then lag = group[i + 1] or '' end
       end
     end
-    local oldest = redis.call('XRANGE', stream, '('..last, '+', 'COUNT', 1)[1]
-    out[#out + 1] = {lane, redis.call('XLEN', stream), held, oldest and oldest[1] or ''}
+    local oldest = length > held and redis.call('XRANGE', stream, '('..last, '+', 'COUNT', 1)[1]
+    local holders, num_back, oldest_back = {}, 0, ''
+    if held > 0 then
+      for _, holder in ipairs(redis.call('XPENDING', stream, 'workers')[4] or {}) do
+        if holder[1] ~= 'nobody' then
+          holders[#holders + 1], holders[#holders + 2] = holder[1], holder[2]
+        else
+          num_back = tonumber(holder[2])
+          local first = redis.call('XPENDING', stream, 'workers', '-', '+', 1, 'nobody')[1]
+          oldest_back = first and first[1] or ''
+        end
+      end
+    end
+    out[#out + 1] = {ARGV[n], length, held, lag, oldest and oldest[1] or '',
+                     num_back, oldest_back, holders}
   end
 end
 return out
@@ -331,7 +406,7 @@ APPEND = (
 -- items: msgpack [[job tenant attempt first count size]...]; payloads: the chunks, joined. Packed,
 -- because six arguments a job cost the client more than all else in a flush; two of them, because
 -- this msgpack reads no `bin`.
-local P, SHARD, out, served, at = ARGV[1], ARGV[2], {}, {}, 1
+local P, SHARD, out, served, made, at = ARGV[1], ARGV[2], {}, {}, 0, 1
 """
     + _SHARDS
     + """
@@ -355,12 +430,14 @@ for _, item in ipairs(cmsgpack.unpack(ARGV[4])) do
       redis.call('HSET', hash, 'next', first + count)
       if first == 0 then redis.call('EXPIRE', P..'log:'..job, ARGV[3]) end
       served[tenant] = (served[tenant] or 0) + count
+      made = made + count
       send(job, payload)
     end
   end
   out[#out + 1] = state
 end
 for tenant, count in pairs(served) do redis.call('HINCRBY', P..'served', tenant, count) end
+if made > 0 then redis.call('HINCRBY', P..'counts', 'tokens', made) end
 flush()
 return out
 """
@@ -385,17 +462,18 @@ return 1
 
 END = (
     """
--- KEYS 1 lanes | ARGV prefix shard_prefix ttl_s hash_ttl_s (job payload)...
+-- KEYS 1 lanes | ARGV prefix shard_prefix ttl_s hash_ttl_s (job status payload)...
 -- Postgres has accepted this end, so it is the truth whatever attempt the hash names.
 local P, SHARD = ARGV[1], ARGV[2]
 """
     + _SHARDS
     + """
-for i = 5, #ARGV, 2 do
+for i = 5, #ARGV, 3 do
   local job, hash = ARGV[i], P..'job:'..ARGV[i]
   if redis.call('HSETNX', hash, 'end', '1') == 1 then
-    redis.call('RPUSH', P..'log:'..job, ARGV[i + 1])
-    send(job, ARGV[i + 1])
+    redis.call('RPUSH', P..'log:'..job, ARGV[i + 2])
+    redis.call('HINCRBY', P..'counts', 'ended:'..ARGV[i + 1], 1)
+    send(job, ARGV[i + 2])
   end
   redis.call('EXPIRE', P..'log:'..job, ARGV[3])
   redis.call('EXPIRE', hash, ARGV[4])

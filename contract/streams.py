@@ -1,4 +1,4 @@
-"""Job streams by lane: enqueue, pick and claim, renew, end, hand back, restore.
+"""Job streams by lane: enqueue, pick and claim, renew, end, hand back, move, restore.
 
 A stream is FIFO, so order is made by lanes (class, priority, tenant), and the lane is chosen when a
 worker has room, not when the job came. Each operation is one script, so it happens whole or not at
@@ -8,31 +8,39 @@ Invariants:
 1. A job has at most one live entry. `enqueue` of a job that has a hash does nothing; an entry its
    hash does not name is deleted when it is met (a relay that came late).
 2. An entry leaves its stream only by `finish`, after the job's end is committed in Postgres: what
-   is in the streams is what is not done. Nothing is trimmed.
+   is in the streams is what is not done. Nothing is trimmed. (`move` puts one into another stream.)
 3. A lease is the entry's idle time in the pending list. `renew` touches it only while the job's
    newest attempt is still the caller's; a silent worker's entries are claimed by another.
 4. `claim` gives a worker only what it has room for, lanes in this order: taken over and handed
    back, then a lane whose deadline is near, then class, then the tenant served least, then
-   priority. A job too large for the room blocks those behind it (else it would starve).
+   priority. A job too large for the room blocks those behind it (else it would starve). Of a
+   paused lane it gives nothing new; what was given once is taken over all the same.
 5. A tenant that has nothing queued cannot save up: its next job finds it at the level of the least
    served one that waits, else of the least served one that runs, else of the one that ended last
    (Sheng et al., "Fairness in Serving Large Language Models", 2024, section 4).
 
-Called by: gateway/jobs and tasks (enqueue, cancel), worker/intake and worker/leases.
+Called by: gateway/jobs and tasks (enqueue, cancel), worker/intake and worker/leases,
+gateway/dashboard (depths, heartbeats).
+
+Size: the client's side of each script of scripts.py, one after the other as they stand there.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, cast
 
-from headrace.contract import keys, scripts, wire
+from headrace.contract import keys, log, scripts, wire
 from headrace.contract.redis_client import Client, redis_errors
 
 #: A lane jumps when its oldest deadline is nearer than this, ms.
 URGENT_BEFORE_MS = 10_000
+#: Lanes one script looks at for their depths: about 2 ms in which Redis does nothing else.
+DEPTHS_BATCH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,35 @@ class Claimed:
 @dataclass(frozen=True, slots=True)
 class LaneDepth:
     lane: str
-    num_queued: int  # nobody was given them yet
+    num_queued: int  # nobody was given them yet, or they were handed back
     num_held: int
     oldest_ms: int | None  # Unix ms at which the oldest queued one was enqueued
+    lag: int  # entries that were never given to anybody
+    claimed_by: tuple[tuple[str, int], ...]  # (worker, jobs), as many as num_held in all
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Return class and tenant."""
+        job_class, _, tenant = self.lane.split(":", 2)
+        return job_class, tenant
+
+
+@dataclass(frozen=True, slots=True)
+class SeenWorker:
+    """A worker as its last beat showed it."""
+
+    beat: wire.WorkerBeat
+    beat_age_ms: int  # by the server's clock
+    is_alive: bool  # the beat's lifetime has not run out
+
+
+class Move(IntEnum):
+    """What became of a job that was to go to another lane."""
+
+    THERE = 0  # it was in that lane already
+    MOVED = 1
+    GIVEN = 2  # a worker was given it: too late
+    UNKNOWN = 3  # this Redis has no entry for it: the relay enqueues it by its row
 
 
 class JobStreams:
@@ -72,6 +106,7 @@ class JobStreams:
         self._finish = client.register_script(scripts.FINISH)
         self._hand_back = client.register_script(scripts.HAND_BACK)
         self._cancel = client.register_script(scripts.CANCEL)
+        self._move = client.register_script(scripts.MOVE)
         self._restore = client.register_script(scripts.RESTORE)
         self._depths = client.register_script(scripts.DEPTHS)
 
@@ -119,6 +154,7 @@ class JobStreams:
                         max(0, room_tokens),
                         max_jobs,
                         int(is_idle),
+                        keys.TAKEOVERS_TTL_S,
                     ],
                 ),
             )
@@ -174,6 +210,17 @@ class JobStreams:
         with redis_errors(f"cancel {job}"):
             self._cancel(keys=[keys.prefix(model) + "lanes"], args=[keys.prefix(model), job])
 
+    def move(self, spec: wire.JobSpec, cost_tokens: int) -> Move:
+        """Put a job that waits into the lane its spec now names, behind what is there.
+
+        Its row says so already, so a repeat, or an enqueue by the relay, comes to the same.
+        """
+        lane = keys.lane(spec.job_class, spec.priority, spec.tenant)
+        args = [keys.prefix(spec.model), spec.job, lane, wire.encode(spec), cost_tokens]
+        with redis_errors(f"move {spec.job}"):
+            moved = self._move(keys=[keys.prefix(spec.model) + "lanes"], args=args)
+        return Move(cast("int", moved))
+
     def restore(
         self,
         spec: wire.JobSpec,
@@ -204,20 +251,33 @@ class JobStreams:
 
     def depths(self, model: str) -> list[LaneDepth]:
         """Return the lanes of a model that hold anything, with depth and age."""
+        prefix = keys.prefix(model)
+        found: list[LaneDepth] = []
         with redis_errors("queue depth"):
-            rows = cast(
-                "list[tuple[bytes, int, int, bytes]]",
-                self._depths(keys=[keys.prefix(model) + "lanes"], args=[keys.prefix(model)]),
-            )
-        return [
-            LaneDepth(
-                lane.decode(),
-                num_queued=max(0, length - held),
-                num_held=held,
-                oldest_ms=int(oldest.split(b"-")[0]) if oldest else None,
-            )
-            for lane, length, held, oldest in sorted(rows)
-        ]
+            names = cast("set[bytes]", self._client.sunion(prefix + "lanes", prefix + "held"))
+            lanes = sorted(names)
+            for start in range(0, len(lanes), DEPTHS_BATCH):
+                args = [prefix, *lanes[start : start + DEPTHS_BATCH]]
+                rows = cast("list[list[Any]]", self._depths(keys=[prefix + "lanes"], args=args))
+                found += [_depth(row) for row in rows]
+        return found
+
+
+def _depth(row: list[Any]) -> LaneDepth:
+    lane, length, pending, lag, oldest, num_back, oldest_back, holders = row
+    ids = [cast("bytes", entry) for entry in (oldest, oldest_back) if entry]
+    num_new = max(0, length - pending)
+    return LaneDepth(
+        lane.decode(),
+        num_queued=num_new + num_back,
+        num_held=pending - num_back,
+        oldest_ms=min((int(entry.split(b"-")[0]) for entry in ids), default=None),
+        lag=num_new if lag == b"" else int(lag),  # Redis does not know it after a deletion
+        claimed_by=tuple(
+            (worker.decode(), int(num))
+            for worker, num in zip(holders[::2], holders[1::2], strict=True)
+        ),
+    )
 
 
 class Workers:
@@ -230,14 +290,16 @@ class Workers:
         """Write the heartbeat; it vanishes when it is not repeated within its lifetime."""
         with redis_errors("heartbeat"):
             pipe = self._client.pipeline(transaction=False)
-            pipe.set(keys.worker_beat(beat.worker), wire.encode(beat), px=lifetime_ms)
+            data = wire.encode(beat)
+            pipe.set(keys.worker_beat(beat.worker), data, px=lifetime_ms)
+            pipe.set(keys.worker_last(beat.worker), data, ex=keys.WORKER_LAST_S)
             pipe.zadd(keys.WORKERS, {beat.worker: int(time.time() * 1000)})
             pipe.execute()
 
     def leave(self, worker: str) -> None:
         """Forget a worker that stops in good order."""
         with redis_errors("worker leaves"):
-            self._client.delete(keys.worker_beat(worker))
+            self._client.delete(keys.worker_beat(worker), keys.worker_last(worker))
             self._client.zrem(keys.WORKERS, worker)
 
     def alive(self) -> dict[str, wire.WorkerBeat]:
@@ -259,6 +321,28 @@ class Workers:
                 found[beat.worker] = beat
         return found
 
+    def seen(self) -> list[SeenWorker]:
+        """Return the workers of the last hour, by name: live ones, and those that went silent.
+
+        A beat of another version is left out, so that one worker hides no other.
+        """
+        with redis_errors("list workers"):
+            names = cast("list[bytes]", self._client.zrange(keys.WORKERS, 0, -1))
+            pipe = self._client.pipeline(transaction=False)
+            for name in names:
+                worker = name.decode()
+                pipe.get(keys.worker_last(worker))
+                pipe.pttl(keys.worker_last(worker))
+                pipe.exists(keys.worker_beat(worker))
+            replies: Any = iter(pipe.execute())
+        found: list[SeenWorker] = []
+        for data, left_ms, is_alive in zip(replies, replies, replies, strict=True):
+            beat = None if data is None else _readable_beat(data)
+            if beat is not None:
+                age_ms = max(0, keys.WORKER_LAST_S * 1000 - left_ms)
+                found.append(SeenWorker(beat, age_ms, bool(is_alive)))
+        return sorted(found, key=lambda worker: worker.beat.worker)
+
     def epoch_age_ms(self) -> int:
         """Return how long this Redis has had its memory; 0 the first time it is seen."""
         now = int(time.time() * 1000)
@@ -272,6 +356,15 @@ class Workers:
         """Raise QueueUnavailable unless Redis answers."""
         with redis_errors("ping"):
             self._client.ping()
+
+
+def _readable_beat(data: bytes) -> wire.WorkerBeat | None:
+    try:
+        beat = wire.decode(data)
+    except wire.WireError as error:
+        log.event("beat.unreadable", level=logging.WARNING, why=error.detail)
+        return None
+    return beat if isinstance(beat, wire.WorkerBeat) else None
 
 
 class WakeSubscription:

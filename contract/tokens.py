@@ -132,7 +132,7 @@ class TokenLog:
         args: list[Any] = [keys.prefix(model), keys.shard_channel("")]
         args += (keys.LOG_TTL_S, keys.JOB_TTL_S)
         for message in ends:
-            args += (message.job, wire.encode(message))
+            args += (message.job, message.status.value, wire.encode(message))
         with redis_errors("append end records"):
             self._end(keys=[keys.prefix(model) + "lanes"], args=args)
 

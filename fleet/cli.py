@@ -19,10 +19,20 @@ from pydantic import SecretStr
 
 from headrace.contract.errors import HeadraceError
 from headrace.contract.settings import FleetSettings
-from headrace.fleet import cli_jobs, cli_keys, programs
+from headrace.fleet import (
+    cli_admin_jobs,
+    cli_admin_queues,
+    cli_admin_workers,
+    cli_audit,
+    cli_jobs,
+    cli_keys,
+    cli_operators,
+    programs,
+)
 from headrace.fleet.client import ApiProblem
 from headrace.fleet.invocation import Invocation, invocation
 from headrace.fleet.show import as_json_option, note, print_json
+from headrace.fleet.top import top
 
 app = typer.Typer(
     name="headrace",
@@ -32,7 +42,15 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(cli_keys.app, name="keys")
+app.add_typer(cli_operators.app, name="operators")
+cli_audit.register(app)
 cli_jobs.register(app)
+app.command()(top)
+admin = typer.Typer(help="What operators do; needs a key with a role.", no_args_is_help=True)
+admin.add_typer(cli_admin_jobs.app, name="jobs")
+admin.add_typer(cli_admin_workers.app, name="workers")
+admin.add_typer(cli_admin_queues.app, name="queues")
+app.add_typer(admin, name="admin")
 
 Json = Annotated[bool, as_json_option]
 

@@ -5,7 +5,7 @@ Invariants:
    last id it saw (`queued` and `started` have none and may come again). It ends with the job's
    terminal event, or raises.
 2. Only what is safe to repeat is repeated: reads, cancel, and a POST with an idempotency key
-   (`submit` makes one if it is given none).
+   (`submit` makes one if it is given none); of the operator's actions those that say so.
 3. A refusal of the API is an ApiProblem with the API's own code and text.
 
 Called by the CLI's commands and the demo.
@@ -23,6 +23,7 @@ import httpx
 
 from headrace.contract.errors import HeadraceError
 from headrace.fleet.failure import FleetError
+from headrace.fleet.feed import states_of
 from headrace.fleet.sse import Event, parse_events
 
 #: The gateway writes a comment line every 10 s; a stream silent for longer has lost its peer.
@@ -104,6 +105,47 @@ class Client:
     def models(self) -> list[dict[str, Any]]:
         return self._call("GET", "/v1/models")["data"]
 
+    def get(self, path: str, **query: str | int | None) -> dict[str, Any]:
+        """Read what stands at a path of the API; a query's None is left out."""
+        given = {name: value for name, value in query.items() if value is not None}
+        return self._call("GET", path, params=given)
+
+    def admin(
+        self,
+        method: str,
+        path: str,  # below /v1/admin, its parts quoted
+        *,
+        may_repeat: bool = True,  # asking twice does what asking once does
+        **options: Any,  # httpx's: params, json
+    ) -> dict[str, Any]:
+        """Ask something of the operator's API; the key must have a role."""
+        return self._call(method, f"/v1/admin/{path}", may_repeat=may_repeat, **options)
+
+    def feed(self) -> Iterator[dict[str, Any]]:
+        """Yield the state of the fleet about once a second, without end; needs a key with a role.
+
+        While the connection is lost the last state is given again, with `lost` set, until the
+        patience is at its end.
+        """
+        state: dict[str, Any] = {}
+        heard_at = time.monotonic()
+        while True:
+            try:
+                for state in states_of(self._listen("/v1/admin/feed", {})):
+                    heard_at = time.monotonic()
+                    yield state
+                lost = "the gateway ended the feed"
+            except (httpx.TransportError, _NotNowError) as error:
+                lost = f"{type(error).__name__}: {error}"
+            if time.monotonic() - heard_at > self._patience_s:
+                raise FleetError(
+                    f"{self.api_url} sent no figures for {self._patience_s:.0f} s ({lost}): see"
+                    " whether its gateway runs"
+                )
+            if state:
+                yield {**state, "lost": True}
+            time.sleep(RETRY_S)
+
     def is_ready(self) -> bool:
         """Say whether the gateway answers and has what it needs; asks once."""
         try:
@@ -139,11 +181,12 @@ class Client:
             time.sleep(RETRY_S)
 
     def _stream(self, job_id: str, last_id: str | None) -> Iterator[Event]:
-        headers = {"Accept": "text/event-stream"}
-        if last_id is not None:
-            headers["Last-Event-ID"] = last_id
+        headers = {} if last_id is None else {"Last-Event-ID": last_id}
+        return self._listen(f"{_job_path(job_id)}/events", headers)
+
+    def _listen(self, path: str, headers: dict[str, str]) -> Iterator[Event]:
+        headers = {"Accept": "text/event-stream", **headers}
         timeout = httpx.Timeout(REQUEST_TIMEOUT_S, read=STREAM_TIMEOUT_S)
-        path = f"{_job_path(job_id)}/events"
         with self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
             if not answer.is_success:
                 answer.read()
@@ -152,8 +195,10 @@ class Client:
                 raise _problem(answer)
             yield from parse_events(answer.iter_bytes())
 
-    def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        deadline = time.monotonic() + self._patience_s
+    def _call(
+        self, method: str, path: str, *, may_repeat: bool = True, **options: Any
+    ) -> dict[str, Any]:
+        deadline = time.monotonic() + (self._patience_s if may_repeat else 0.0)
         while True:
             try:
                 answer = self._http.request(method, path, **options)

@@ -26,7 +26,9 @@ def tasks_argv(schedule: Path) -> list[str]:
     """`schedule` is where Celery's beat notes what ran last; it may be lost."""
     celery = [sys.executable, "-m", "celery", "-A", "headrace.gateway.tasks", "worker"]
     # One process and no pool: the tasks only wait for Postgres and Redis.
-    return [*celery, "-B", "--pool", "solo", "--concurrency", "1", "-s", str(schedule)]
+    # It talks to no other of its kind, and so subscribes to no channel of Celery's.
+    alone = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    return [*celery, *alone, "-B", "--pool", "solo", "--concurrency", "1", "-s", str(schedule)]
 
 
 def migrate_argv() -> list[str]:

@@ -10,6 +10,7 @@ Invariants:
    reads the log instead. A slow subscriber costs no memory and slows nobody.
 3. Whenever the connection was away, every mailbox is told that it is behind.
 4. The wish for a job's frames is repeated while a mailbox lives, and lapses by itself otherwise.
+5. From the first stream on this process reports how many it holds, also when it is none any more.
 
 Locks, threads and queues are the standard library's: gunicorn's gevent worker makes them greenlets.
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
@@ -38,6 +39,8 @@ RENEW_S = SUBSCRIPTION_S / 3
 RENEW_BATCH = 500
 #: Seconds a read waits for a frame; bounds how late a repetition or a stop can be.
 READ_S = 0.5
+#: Seconds between two reports of open streams: well under live.STREAMS_TTL_S.
+REPORT_S = 5.0
 #: Seconds between two attempts to reach Redis.
 RECONNECT_S = 0.25
 
@@ -96,15 +99,23 @@ class Mailbox:
 class Follower:
     """Receives this process's frames and gives them to the mailboxes."""
 
-    def __init__(self, subscription: ShardSubscription, token_log: TokenLog, shard: str) -> None:
+    def __init__(
+        self,
+        subscription: ShardSubscription,
+        token_log: TokenLog,
+        shard: str,
+        report: Callable[[], None] = lambda: None,  # says how many streams are open
+    ) -> None:
         self._subscription = subscription
         self._log = token_log
         self._shard = shard
+        self._report = report
         self._boxes: dict[str, set[Mailbox]] = {}  # by job
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._renew_at = 0.0
+        self._report_at = 0.0
 
     @contextmanager
     def follow(self, model: str, job: str) -> Iterator[Mailbox]:
@@ -161,13 +172,12 @@ class Follower:
                 self._tell_all_behind()
                 while not self._closing.is_set():
                     self._receive()
-                    if time.monotonic() >= self._renew_at:
-                        self._ask_for_all()
+                    self._keep_up()
             except QueueUnavailable as error:
                 log.event("follower.disconnected", level=logging.WARNING, why=error.detail)
                 self._closing.wait(RECONNECT_S)
-            except Exception:  # noqa: BLE001  the outermost loop: without it all streams go deaf
-                log.logger.exception("follower.failed")
+            except Exception as error:  # noqa: BLE001  the outermost loop: else all streams go deaf
+                log.failure("follower.failed", error)
                 self._closing.wait(RECONNECT_S)
             finally:
                 self._subscription.close()
@@ -182,6 +192,15 @@ class Follower:
         for message in messages:
             for box in tuple(self._boxes.get(message.job, ())):
                 box.put(message)
+
+    def _keep_up(self) -> None:
+        """Repeat what lapses unless it is repeated."""
+        now = time.monotonic()
+        if now >= self._renew_at:
+            self._ask_for_all()
+        if now >= self._report_at:
+            self._report_at = now + REPORT_S
+            self._report()
 
     def _ask_for_all(self) -> None:
         self._renew_at = time.monotonic() + RENEW_S

@@ -6,14 +6,13 @@ Invariants:
 2. A job of another tenant, one that never was and a malformed id are the same 404.
 3. A job canceled in the queue ends its stream here, because no worker will.
 
-Called by: gateway/routes; find_job also by gateway/sse.
+Called by: gateway/routes; find_job also by gateway/sse, hand_over by gateway/dashboard/playground.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import logging
 from typing import Any
 
 import msgspec
@@ -21,12 +20,13 @@ from flask import Response, g, request
 from sqlalchemy import RowMapping
 
 from headrace.contract import log
-from headrace.contract.errors import InvalidCursor, JobAlreadyEnded, NotFound, QueueUnavailable
+from headrace.contract.errors import InvalidCursor, JobAlreadyEnded, NotFound
 from headrace.contract.ids import is_job_id
 from headrace.contract.ledger import Accepted, Cancel
-from headrace.contract.specs import end_of
 from headrace.contract.wire import JobStatus
+from headrace.gateway.accept_span import accept_span
 from headrace.gateway.body import read_json_object
+from headrace.gateway.cancel import tell_canceled
 from headrace.gateway.intake import checked_idempotency_key, new_row, request_sha256
 from headrace.gateway.job_json import job_json
 from headrace.gateway.refusals import validate, validate_query
@@ -51,15 +51,19 @@ class JobRoutes:
             max_depth=settings.max_json_depth,
         )
         job = validate(JobRequest, body)
-        row = new_row(job, g.principal, services.cards, services.prompts)
-        accepted = services.ledger.accept_job(
-            row, idempotency_key=key, request_sha256=request_sha256(body) if key else b""
-        )
+        header = request.headers.get("traceparent")
+        with accept_span(services.traces, header, g.started_s) as span:
+            row = new_row(job, g.principal, services.cards, services.prompts)
+            span.accepted = accepted = services.ledger.accept_job(
+                row | {"traceparent": span.traceparent},
+                idempotency_key=key,
+                request_sha256=request_sha256(body) if key else b"",
+            )
         if wait_s is None:
-            self._hand_over(accepted)
+            hand_over(services, accepted)
             return _accepted(accepted.job, accepted)
         with services.follower.follow(accepted.job["model"], accepted.job["id"]) as box:
-            self._hand_over(accepted)
+            hand_over(services, accepted)
             found = accepted.job
             if accepted.is_replay:
                 found = services.ledger.job(found["id"]) or found
@@ -67,14 +71,6 @@ class JobRoutes:
             if not is_done and wait_for_end(box, services.ledger, services.token_log, wait_s):
                 found = services.ledger.job(found["id"]) or found
         return _accepted(found, accepted, wait_s)
-
-    def _hand_over(self, accepted: Accepted) -> None:
-        if accepted.is_replay:
-            return  # the request that made it, or the relay, enqueues it
-        row = accepted.job
-        self._services.metrics.jobs_accepted.labels(row["model"], row["job_class"]).inc()
-        self._services.enqueuer.put(row)
-        log.event("job.accepted", job=row["id"], model=row["model"], tenant=row["tenant_id"])
 
     def show(self, job_id: str) -> Response:
         return json_response(job_json(find_job(self._services, job_id, with_output=True)))
@@ -101,24 +97,26 @@ class JobRoutes:
 
     def cancel(self, job_id: str) -> Response:
         services = self._services
-        before = find_job(services, job_id, with_output=False)
+        find_job(services, job_id, with_output=False)
         outcome = services.ledger.request_cancel(job_id, tenant_id=g.principal.tenant_id)
         if outcome is Cancel.ENDED:
             raise JobAlreadyEnded(
                 f"cancel of {job_id} was asked; it has ended: read it with GET /v1/jobs/{job_id}"
             )
         row = find_job(services, job_id, with_output=True)
-        try:
-            if outcome is Cancel.REQUESTED:
-                services.streams.cancel(before["model"], job_id)
-            else:
-                services.token_log.end(row["model"], [end_of(row)])
-                services.streams.finish(row["model"], [(job_id, "")])
-                services.enqueuer.confirm(job_id)
-        except QueueUnavailable as error:  # Postgres keeps it; the sweeper tells Redis later
-            log.event("cancel.left_to_sweeper", level=logging.WARNING, job=job_id, why=error.detail)
+        tell_canceled(services, [row])
         log.event("job.cancel_requested", job=job_id, outcome=outcome.value)
         return json_response(job_json(row), status=200 if outcome is Cancel.CANCELED else 202)
+
+
+def hand_over(services: Services, accepted: Accepted) -> None:
+    """Enqueue a job that was committed, unless another request did."""
+    if accepted.is_replay:
+        return  # the request that made it, or the relay, enqueues it
+    row = accepted.job
+    services.metrics.jobs_accepted.labels(row["model"], row["job_class"]).inc()
+    services.enqueuer.put(row)
+    log.event("job.accepted", job=row["id"], model=row["model"], tenant=row["tenant_id"])
 
 
 def find_job(services: Services, job_id: str, *, with_output: bool) -> RowMapping:

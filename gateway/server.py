@@ -39,7 +39,7 @@ class StreamingWorker(GeventWorker):
 
         app: Any = self.wsgi
         if app is not None:
-            services_of(app).follower.close()
+            services_of(app).end_streams()
 
 
 _settings = GatewaySettings.from_env(os.environ)
@@ -61,6 +61,9 @@ timeout = 60
 graceful_timeout = 5
 keepalive = 75
 preload_app = False
+#: Whose X-Forwarded-Proto gunicorn would believe by itself: nobody's. The setting behind_proxy says
+#: whether there is a proxy (gateway/app); by default gunicorn believes whoever comes by loopback.
+forwarded_allow_ips = ""
 accesslog = None
 errorlog = "-"
 loglevel = "warning"

@@ -8,19 +8,30 @@ Called by: gateway/app (build), all views.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
 from headrace.contract import database, redis_client
 from headrace.contract.accounts import Accounts
+from headrace.contract.audit import Audit
 from headrace.contract.ids import new_id
+from headrace.contract.job_edits import JobEdits
+from headrace.contract.job_search import JobSearch
 from headrace.contract.ledger import Ledger
+from headrace.contract.live import Live
+from headrace.contract.operators import Operators
+from headrace.contract.passwords import Passwords
+from headrace.contract.pauses import Pauses
 from headrace.contract.settings import GatewaySettings
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import ShardSubscription, TokenLog
+from headrace.contract.tracing import Traces
 from headrace.gateway.auth import KeyGuard
 from headrace.gateway.cards import ModelCards
+from headrace.gateway.dashboard.guard import SessionGuard
+from headrace.gateway.dashboard.threads import run_in_thread
 from headrace.gateway.follower import Follower
 from headrace.gateway.metrics import Metrics
 from headrace.gateway.outbox import Enqueuer
@@ -40,14 +51,23 @@ class Services:
     ledger: Ledger
     accounts: Accounts
     keys: KeyGuard
+    operators: Operators
+    sessions: SessionGuard
+    audit: Audit
+    search: JobSearch
+    edits: JobEdits
     cards: ModelCards
     prompts: PromptCheck
     streams: JobStreams
     token_log: TokenLog
     workers: Workers
+    live: Live
+    pauses: Pauses
     enqueuer: Enqueuer
     follower: Follower
     metrics: Metrics
+    closing: threading.Event  # set when the process stops: endless streams end
+    traces: Traces | None
 
     @classmethod
     def build(cls, settings: GatewaySettings) -> Services:
@@ -59,7 +79,8 @@ class Services:
         )
         shard = new_id("gw")
         ledger, accounts, metrics = Ledger(engine), Accounts(engine), Metrics()
-        streams, token_log = JobStreams(redis), TokenLog(redis)
+        streams, token_log, live = JobStreams(redis), TokenLog(redis), Live(redis)
+        operators = Operators(engine, Passwords(run_in_thread))
         return cls(
             settings=settings,
             engine=engine,
@@ -67,19 +88,40 @@ class Services:
             ledger=ledger,
             accounts=accounts,
             keys=KeyGuard(accounts),
+            operators=operators,
+            sessions=SessionGuard(operators),
+            audit=Audit(engine),
+            search=JobSearch(engine),
+            edits=JobEdits(engine),
             cards=ModelCards(accounts),
             prompts=PromptCheck(),
             streams=streams,
             token_log=token_log,
             workers=Workers(redis),
+            live=live,
+            pauses=Pauses(engine, live),
             enqueuer=Enqueuer(ledger, streams, metrics),
-            follower=Follower(ShardSubscription(redis, shard), token_log, shard),
+            follower=Follower(
+                ShardSubscription(redis, shard),
+                token_log,
+                shard,
+                report=lambda: live.report_streams(shard, metrics.num_streams),
+            ),
             metrics=metrics,
+            closing=threading.Event(),
+            traces=Traces.connect(settings.traces_url, settings.traces_share, "gateway", shard),
         )
+
+    def end_streams(self) -> None:
+        """End all event streams: clients resume elsewhere."""
+        self.closing.set()
+        self.follower.close()
 
     def close(self) -> None:
         """End streams, confirm what was enqueued, and close all connections, in that order."""
-        self.follower.close()
+        self.end_streams()
         self.enqueuer.close()
+        if self.traces is not None:
+            self.traces.close()
         self.redis.close()
         self.engine.dispose()

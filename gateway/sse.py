@@ -8,12 +8,13 @@ client that left is noticed only when something is written to it.
 An id that cannot be is refused before the stream begins: one beyond the output of a job that has
 ended, or beyond max_tokens of one that has not.
 
-Called by: gateway/routes.
+Called by: gateway/routes, gateway/dashboard/jobs (any tenant's jobs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import msgspec
 from flask import Response, request
@@ -40,20 +41,27 @@ HEADERS = {
 }
 
 
+class FindJob(Protocol):
+    """Finds a job for whoever asks, or raises NotFound: a tenant its own, an operator any."""
+
+    def __call__(self, services: Services, job_id: str, *, with_output: bool) -> RowMapping: ...
+
+
 class EventRoutes:
     """The view of a job's events."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, find: FindJob = find_job) -> None:
         self._services = services
+        self._find = find
 
     def events(self, job_id: str) -> Response:
         services = self._services
         query = validate_query(EventsQuery, request.args)
         text = request.headers.get("Last-Event-ID") or query.starting_after
         resume = Resume() if text is None else parse_event_id(text)
-        row = find_job(services, job_id, with_output=False)
+        row = self._find(services, job_id, with_output=False)
         if JobStatus(row["status"]).is_terminal:
-            row = find_job(services, job_id, with_output=True)
+            row = self._find(services, job_id, with_output=True)
         check_resume(row, resume)
         if request.method == "HEAD":
             return Response(headers=HEADERS)
@@ -95,7 +103,7 @@ def check_resume(row: RowMapping, resume: Resume) -> None:
 
 def encoded(events: Iterable[list[Event]], metrics: Metrics) -> Iterator[bytes]:
     """Write batches of events as bytes of an event stream; [] becomes a comment line."""
-    metrics.live_streams.inc()
+    metrics.stream_opened()
     try:
         yield b"retry: %d\n\n" % RETRY_MS
         for batch in events:
@@ -103,7 +111,7 @@ def encoded(events: Iterable[list[Event]], metrics: Metrics) -> Iterator[bytes]:
             for event in batch:
                 metrics.events.labels(event.name).inc()
     finally:
-        metrics.live_streams.dec()
+        metrics.stream_closed()
 
 
 def encode_event(event: Event) -> bytes:

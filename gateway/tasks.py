@@ -6,28 +6,43 @@ needs no environment and opens nothing.
 
 Redis and Postgres may be away: a task then ends with a log line, and the next tick tries again.
 A tick that was not run before the next one is due is dropped (`expires`), so nothing piles up.
+There is one process without a pool: a walk of a long backlog gives the sampler its turn between
+pages. With a pool (`--pool prefork`) runs are counted in its processes and shown by their parent.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
-from celery.signals import setup_logging
+from celery.signals import celeryd_init, setup_logging, worker_ready, worker_shutdown
 
 from headrace.contract import database, keys, log, redis_client
-from headrace.contract.errors import Unavailable
+from headrace.contract.accounts import Accounts
+from headrace.contract.errors import ConfigurationError, Unavailable
 from headrace.contract.ledger import Ledger
+from headrace.contract.live import Live
+from headrace.contract.operators import Operators
+from headrace.contract.orders import WorkerOrders
+from headrace.contract.pauses import Pauses
 from headrace.contract.settings import TasksSettings
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import TokenLog
+from headrace.gateway.dashboard.sampler import Sampler
 from headrace.gateway.upkeep import Upkeep
 
+if TYPE_CHECKING:  # imported once its folder is named: see _serve_metrics
+    from headrace.gateway.tasks_metrics import TaskMetrics
+
+#: Seconds between samples of the fleet.
+SAMPLE_EVERY_S = 5.0
 #: Seconds between runs of the retention task.
 RETAIN_EVERY_S = 3600.0
 #: Part of the time a task may take; the sweep walks all open jobs, so with a large backlog it comes
@@ -38,12 +53,22 @@ VISIBILITY_S = 600
 
 
 def create_celery(read_settings: Callable[[], TasksSettings]) -> Celery:
-    """Build the application: four tasks and their schedule."""
+    """Build the application: five tasks and their schedule."""
     settings_once, app = cache(read_settings), Celery("headrace", set_as_current=False)
-    upkeep = cache(lambda: make_upkeep(settings_once()))
-    for name in ("relay", "expire", "sweep", "retain"):
-        app.task(_guarded(name, upkeep), name=f"headrace.{name}", shared=False)
+    parts = cache(lambda: make_parts(settings_once()))
+    metrics = cache(lambda: _make_metrics(settings_once()))
+    runs: dict[str, Callable[[Upkeep, Sampler], object]] = {
+        "relay": lambda upkeep, sampler: upkeep.relay(meanwhile=sampler.sample),
+        "expire": lambda upkeep, _: upkeep.expire(),
+        "sweep": lambda upkeep, sampler: upkeep.sweep(meanwhile=sampler.sample),
+        "retain": lambda upkeep, _: upkeep.retain(),
+        "sample": lambda _, sampler: sampler.sample(),
+    }
+    for name, run in runs.items():
+        task = _guarded(name, lambda run=run: run(*parts()), metrics)
+        app.task(task, name=f"headrace.{name}", shared=False)
     app.add_defaults(lambda: configuration(settings_once()))
+    _serve_metrics(settings_once, metrics)
     return app
 
 
@@ -54,6 +79,7 @@ def configuration(settings: TasksSettings) -> dict[str, Any]:
         "expire": settings.sweep_every_s,
         "sweep": settings.sweep_every_s,
         "retain": RETAIN_EVERY_S,
+        "sample": SAMPLE_EVERY_S,
     }
     return {
         "broker_url": settings.redis_url.get_secret_value(),
@@ -82,20 +108,38 @@ def configuration(settings: TasksSettings) -> dict[str, Any]:
     }
 
 
-def make_upkeep(settings: TasksSettings) -> Upkeep:
-    """Connect the upkeep to the stores (lazily: nothing is opened yet)."""
+def make_parts(settings: TasksSettings) -> tuple[Upkeep, Sampler]:
+    """Connect upkeep and sampler to the stores (lazily: nothing is opened yet)."""
     client = redis_client.connect(settings.redis_url.get_secret_value())
-    return Upkeep(
-        ledger=Ledger(database.connect(settings.database_url.get_secret_value(), pool_size=2)),
-        streams=JobStreams(client),
+    engine = database.connect(settings.database_url.get_secret_value(), pool_size=2)
+    live, streams, workers = Live(client), JobStreams(client), Workers(client)
+    pauses = Pauses(engine, live)
+    upkeep = Upkeep(
+        ledger=Ledger(engine),
+        operators=Operators(engine),
+        streams=streams,
         tokens=TokenLog(client),
-        workers=Workers(client),
+        workers=workers,
+        pauses=pauses,
         lease_s=settings.lease_s,
         retention_days=settings.retention_days,
     )
+    sampler = Sampler(
+        accounts=Accounts(engine),
+        streams=streams,
+        workers=workers,
+        live=live,
+        pauses=pauses,
+        orders=WorkerOrders(engine),
+        every_s=SAMPLE_EVERY_S,
+        oldest_target_s=settings.oldest_job_target_s,
+    )
+    return upkeep, sampler
 
 
-def _guarded(name: str, upkeep: Callable[[], Upkeep]) -> Callable[[], None]:
+def _guarded(
+    name: str, run: Callable[[], object], metrics: Callable[[], TaskMetrics | None] = lambda: None
+) -> Callable[[], None]:
     rest_until = 0.0  # monotonic s
 
     def task() -> None:
@@ -103,13 +147,62 @@ def _guarded(name: str, upkeep: Callable[[], Upkeep]) -> Callable[[], None]:
         started = time.monotonic()
         if started < rest_until:
             return
+        outcome, found = "failed", None
         try:
-            getattr(upkeep(), name)()
+            found, outcome = run(), "done"
         except Unavailable as error:
+            outcome = "delayed"
             log.event("task.delayed", level=logging.WARNING, task=name, code=error.code)
-        rest_until = started + (time.monotonic() - started) / SHARE.get(name, 1.0)
+        finally:
+            took_s = time.monotonic() - started
+            if (counts := metrics()) is not None:
+                num_rows = found if isinstance(found, int) and not isinstance(found, bool) else 0
+                counts.ran(name, outcome, took_s, num_rows)
+        rest_until = started + took_s / SHARE.get(name, 1.0)
 
     return task
+
+
+def _make_metrics(settings: TasksSettings) -> TaskMetrics | None:
+    if not settings.metrics_bind:
+        return None
+    from headrace.gateway.tasks_metrics import TaskMetrics
+
+    return TaskMetrics()
+
+
+def _serve_metrics(
+    read_settings: Callable[[], TasksSettings], metrics: Callable[[], TaskMetrics | None]
+) -> None:
+    """Let Celery's main process share counts with those it forks, and serve them all."""
+    folders: list[str] = []
+
+    def share_counts(**_: object) -> None:
+        # prometheus_client decides at its import whether values are shared, by this variable.
+        if read_settings().metrics_bind:
+            folders.append(tempfile.mkdtemp(prefix="headrace-tasks-metrics-"))
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folders[-1]
+
+    def serve(**_: object) -> None:
+        settings, counts = read_settings(), metrics()
+        log.event("tasks.ready", pid=os.getpid(), metrics=settings.metrics_bind or "none")
+        if counts is None:
+            return
+        from headrace.contract import exposition
+        from headrace.gateway.tasks_metrics import view_of
+
+        try:
+            exposition.serve(settings.metrics_bind, counts.exposition(view_of(settings)))
+        except ConfigurationError as error:  # the upkeep matters more
+            log.event("metrics.unserved", level=logging.ERROR, why=error.detail)
+
+    def forget(**_: object) -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    celeryd_init.connect(share_counts, weak=False)
+    worker_ready.connect(serve, weak=False)
+    worker_shutdown.connect(forget, weak=False)
 
 
 def _read_settings() -> TasksSettings:
@@ -118,7 +211,8 @@ def _read_settings() -> TasksSettings:
 
 def _configure_logging(**_: object) -> None:
     """Set up our own lines; that this is connected keeps Celery from replacing their handler."""
-    log.configure(_read_settings().log_level, "tasks")
+    settings = _read_settings()
+    log.configure(settings.log_level, "tasks", settings.log_format)
 
 
 setup_logging.connect(_configure_logging, weak=False)

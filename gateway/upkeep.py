@@ -11,6 +11,7 @@ Invariants:
    worker is dead or handed it back, ends with the tokens its log holds: what subscribers saw is
    what is stored.
 4. An end that is committed reaches the job's log, also when whoever committed it could not say so.
+5. Before lost jobs are put back, so are the pauses of their queues.
 
 Called by: gateway/tasks (Celery); never inference.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -28,6 +29,8 @@ from sqlalchemy import RowMapping
 from headrace.contract import log
 from headrace.contract.errors import DeadlineExceeded
 from headrace.contract.ledger import Ending, Finish, Ledger
+from headrace.contract.operators import Operators
+from headrace.contract.pauses import Pauses
 from headrace.contract.specs import end_of, spec_of
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import TokenLog
@@ -47,27 +50,37 @@ class Upkeep:
         self,
         *,
         ledger: Ledger,
+        operators: Operators,
         streams: JobStreams,
         tokens: TokenLog,
         workers: Workers,
+        pauses: Pauses,
         lease_s: float,
         retention_days: int,
     ) -> None:
         self._ledger = ledger
+        self._operators = operators
         self._streams = streams
         self._tokens = tokens
         self._workers = workers
+        self._pauses = pauses
         self._lease_s = lease_s
         self._retention = timedelta(days=retention_days)
 
-    def relay(self, *, older_than_s: float = 1.0) -> int:
-        """Enqueue the jobs whose enqueue nobody confirmed; returns how many rows were done."""
+    def relay(
+        self, *, older_than_s: float = 1.0, meanwhile: Callable[[], object] = lambda: None
+    ) -> int:
+        """Enqueue the jobs whose enqueue nobody confirmed; returns how many rows were done.
+
+        `meanwhile` is called after each page: a long backlog must not keep others from their turn.
+        """
         num_done = 0
         while rows := self._ledger.outbox_jobs(older_than_s=older_than_s, limit=PAGE):
             num_new = self._enqueue(row for row in rows if not JobStatus(row["status"]).is_terminal)
             self._ledger.outbox_done([row["id"] for row in rows])
             num_done += len(rows)
             log.event("outbox.relayed", rows=len(rows), enqueued=num_new)
+            meanwhile()
         return num_done
 
     def expire(self) -> int:
@@ -81,8 +94,10 @@ class Upkeep:
             num_expired += self._end_with_log(row, JobStatus.EXPIRED)
         return num_expired
 
-    def sweep(self) -> int:
+    def sweep(self, *, meanwhile: Callable[[], object] = lambda: None) -> int:
         """Put lost jobs back, end dead workers' unwanted ones; returns how many were touched."""
+        for model in self._pauses.restore():
+            log.event("pauses.restored", level=logging.WARNING, model=model)
         is_settled = self._workers.epoch_age_ms() > self._lease_s * 1000
         alive = self._workers.alive().keys()
         num_touched, after = 0, ""
@@ -99,13 +114,16 @@ class Upkeep:
                     num_touched += self._look_after(row, is_alive=row["worker"] in alive)
                 elif row["cancel_requested_at"] is not None:
                     num_touched += self._end_with_log(row, JobStatus.CANCELED)
+            meanwhile()
         num_touched += self._tell_late_ends()
         if num_touched:
             log.event("jobs.swept", level=logging.WARNING, jobs=num_touched)
         return num_touched
 
     def retain(self) -> int:
-        """Delete jobs that ended longer ago than they are kept."""
+        """Delete jobs that ended longer ago than they are kept, and sessions that are over."""
+        if num_sessions := self._operators.delete_ended_sessions():
+            log.event("sessions.deleted", sessions=num_sessions)
         before = datetime.now(UTC) - self._retention
         num_deleted = 0
         while found := self._ledger.delete_ended(before=before, limit=PAGE):

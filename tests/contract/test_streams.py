@@ -9,6 +9,7 @@ import pytest
 
 from headrace.contract import keys, wire
 from headrace.contract.errors import QueueUnavailable
+from headrace.contract.live import Live
 from headrace.contract.redis_client import connect
 from headrace.contract.streams import JobStreams, WakeSubscription, Workers
 
@@ -28,7 +29,8 @@ def claim_one(streams, worker="w1", **options):
 
 
 def names_of(client):
-    return sorted(key.decode().removeprefix(keys.prefix(MODEL)) for key in client.keys("hr:*"))
+    found = {key.decode().removeprefix(keys.prefix(MODEL)) for key in client.keys("hr:*")}
+    return sorted(found - {"counts", "takeovers"})  # figures stay
 
 
 # -- order -----------------------------------------------------------------------------------
@@ -400,6 +402,51 @@ def test_depths_tell_queued_from_held(streams, spec_for):
     held = {d.lane: (d.num_queued, d.num_held, d.oldest_ms) for d in streams.depths(MODEL)}
     assert held["interactive:normal:tenant_a"] == (0, 3, None)
     assert JobStreams(streams._client).depths("unknown") == []
+
+
+def test_depths_tell_who_holds_and_count_what_was_handed_back_as_queued(streams, spec_for):
+    for number in range(5):
+        streams.enqueue(spec_for(f"job_{number}"), 1)
+    assert [claim_one(streams, w) for w in ("w1", "w2", "w1")] == ["job_0", "job_1", "job_2"]
+    assert streams.hand_back(MODEL, "job_1", 1)
+    (depth,) = streams.depths(MODEL)
+    assert (depth.num_queued, depth.num_held, depth.lag) == (3, 2, 2)
+    assert dict(depth.claimed_by) == {"w1": 2}
+    (entry, _), *_ = streams._client.xrange(keys.lane_stream(MODEL, depth.lane), count=2)[1:]
+    assert depth.oldest_ms == int(entry.split(b"-")[0]), "the one that was handed back is older"
+    assert depth.key == ("interactive", "tenant_a")
+    streams.finish(MODEL, [("job_4", "")])  # a deletion: Redis no longer knows the lag
+    (depth,) = streams.depths(MODEL)
+    assert (depth.num_queued, depth.lag) == (2, 1)
+
+
+def test_depths_are_read_in_slices(streams, spec_for, monkeypatch):
+    monkeypatch.setattr("headrace.contract.streams.DEPTHS_BATCH", 2)
+    for number in range(5):
+        streams.enqueue(spec_for(tenant=f"t{number}"), 1)
+    assert [d.lane for d in streams.depths(MODEL)] == [f"interactive:normal:t{n}" for n in range(5)]
+
+
+def test_what_is_accepted_made_and_ended_is_counted_once(streams, tokens, spec_for, chunk_of):
+    live = Live(streams._client)
+    spec = spec_for("job_1")
+    assert [streams.enqueue(spec, 1), streams.enqueue(spec, 1)] == [True, False]
+    claim(streams)
+    tokens.fence(MODEL, "job_1", 1, "w1")
+    for _ in range(2):  # a repeat counts nothing
+        tokens.append(MODEL, [("tenant_a", chunk_of("job_1", 1, 0, 5))])
+    end = wire.JobEnd(
+        job="job_1",
+        gen=0,
+        next=5,
+        status=wire.JobStatus.FAILED,
+        finish_reason=wire.FinishReason.ERROR,
+        prompt_tokens=1,
+        cached_tokens=0,
+    )
+    for _ in range(2):
+        tokens.end(MODEL, [end])
+    assert live.counts([MODEL])[MODEL] == {"accepted": 1, "tokens": 5, "ended:failed": 1}
 
 
 def test_a_redis_that_is_away_is_queue_unavailable(spec_for):

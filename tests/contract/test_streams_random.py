@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from headrace.contract import keys, wire
 from headrace.contract.redis_client import connect
-from headrace.contract.streams import JobStreams
+from headrace.contract.streams import JobStreams, Move
 from headrace.contract.tokens import TokenLog
 
 MODEL = "m"
@@ -87,6 +88,21 @@ class Lanes(RuleBasedStateMachine):
                 fields = {"job": spec.job, "spec": wire.encode(spec), "cost": spec.prompt}
                 self.client.xadd(keys.lane_stream(MODEL, lane), fields)
                 self.client.sadd(keys.prefix(MODEL) + "lanes", lane)
+
+    @rule(index=st.integers(0, 99), held=st.booleans(), priority=st.sampled_from(wire.Priority))
+    def move(self, index, held, priority):
+        if found := self.pick(index, held=held):
+            job = found[1]
+            spec = msgspec.structs.replace(job.spec, priority=priority)
+            is_there = priority == job.spec.priority
+            moved = self.streams.move(spec, int(spec.prompt))
+            if job.attempt:  # given once, it stays where it is, also after a hand-back
+                assert moved in (Move.GIVEN, Move.THERE, Move.MOVED)
+                assert moved is not Move.MOVED or job.holder is None
+            else:
+                assert moved is (Move.THERE if is_there else Move.MOVED)
+            if moved is Move.MOVED:
+                job.spec = spec
 
     @rule(worker=WORKERS, room=st.integers(0, 30), max_jobs=st.integers(1, 4), late=st.booleans())
     def claim(self, worker, room, max_jobs, late):

@@ -160,3 +160,35 @@ def test_a_server_that_is_away_is_named():
         away.models()
     with pytest.raises(FleetError, match="is no URL"):
         Client("http://[::1", "k")
+
+
+# -- the operator's feed ---------------------------------------------------------------------
+
+
+def test_the_feed_is_joined_again_and_says_meanwhile_that_it_is_lost(client, script):
+    script.stream(("state", {"a": 1, "b": 2}, None), ("delta", {"a": None}, None))
+    script.json(503, {"code": "unavailable"})
+    script.stream(("state", {"c": 3}, None))
+    states = client.feed()
+    found = [next(states) for _ in range(5)]
+    assert found == [
+        {"a": 1, "b": 2},
+        {"b": 2},
+        {"b": 2, "lost": True},
+        {"b": 2, "lost": True},
+        {"c": 3},
+    ]
+    assert {path for _, path, _, _ in script.asked} == {"/v1/admin/feed"}
+
+
+def test_a_refused_feed_is_not_asked_for_again(client, script):
+    script.json(403, {"code": "forbidden", "detail": "this path is for operators"})
+    with pytest.raises(ApiProblem, match="for operators"):
+        next(client.feed())
+
+
+def test_a_feed_that_stays_away_ends(client, script, monkeypatch):
+    monkeypatch.setattr(client, "_patience_s", 0.0)
+    script.json(503, {"code": "unavailable"})
+    with pytest.raises(FleetError, match="sent no figures"):
+        next(client.feed())

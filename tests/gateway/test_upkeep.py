@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 
 from headrace.contract import database, redis_client, wire
 from headrace.contract.accounts import Accounts
 from headrace.contract.ids import new_id
 from headrace.contract.ledger import Cancel, Ledger
-from headrace.contract.records import jobs
+from headrace.contract.live import Live
+from headrace.contract.operators import Operators
+from headrace.contract.pauses import Pauses
+from headrace.contract.records import jobs, sessions
+from headrace.contract.roles import Role
 from headrace.contract.specs import spec_of
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import TokenLog
@@ -40,6 +44,19 @@ class Parts:
     key: str
     engine: object
     client: object
+    pauses: Pauses
+
+    def register_model(self) -> None:
+        """Let the model be one that was served."""
+        card = wire.ModelCard(
+            name=MODEL,
+            folder="/nowhere",
+            max_seq_tokens=8,
+            vocab_size=8,
+            dtype="float32",
+            has_chat_template=False,
+        )
+        Accounts(self.engine).register_model(card)
 
     def accept(self, **changes) -> str:
         """Accept a job as the gateway does, up to the commit."""
@@ -91,11 +108,15 @@ def parts(redis_url, database_url) -> Iterator[Parts]:
         Workers(client),
     )
     key = Accounts(engine).create_key(tenant="t", name="n")
+    pauses = Pauses(engine, Live(client))
+    pauses.resume(model="*", job_class="*", tenant_id="*")
     upkeep = Upkeep(
         ledger=ledger,
+        operators=Operators(engine),
         streams=streams,
         tokens=tokens,
         workers=workers,
+        pauses=pauses,
         lease_s=LEASE_S,
         retention_days=1,
     )
@@ -110,6 +131,7 @@ def parts(redis_url, database_url) -> Iterator[Parts]:
         key=key.id,
         engine=engine,
         client=client,
+        pauses=pauses,
     )
     engine.dispose()
     client.close()
@@ -331,6 +353,20 @@ def test_retention_deletes_what_ended_long_ago_and_nothing_else(parts):
     assert parts.row(running)["status"] == JobStatus.QUEUED
 
 
+def test_sessions_that_are_over_are_deleted(parts):
+    people = Operators(parts.engine)
+    people.create(name="ada", password="correct horse battery", role=Role.VIEWER)
+    over, live = (people.login("ada", "correct horse battery", str(n)).token for n in range(2))
+    with parts.engine.begin() as db:
+        ended = update(sessions).where(sessions.c.address == "0")
+        db.execute(ended.values(expires_at=text("now() - interval '1 second'")))
+    parts.upkeep.retain()
+    with parts.engine.connect() as db:
+        assert [row.address for row in db.execute(select(sessions))] == ["1"]
+    assert people.session(over) is None
+    assert people.session(live) is not None
+
+
 def test_celery_runs_the_upkeep(parts, redis_url, database_url, tmp_path):
     job = parts.accept()
     command = [sys.executable, "-m", "celery", "-A", "headrace.gateway.tasks", "worker", "-B"]
@@ -354,3 +390,29 @@ def test_celery_runs_the_upkeep(parts, redis_url, database_url, tmp_path):
         process.send_signal(signal.SIGTERM)
         process.wait(30)
     assert found == [job]
+
+
+# -- pauses, and a long backlog --------------------------------------------------------------
+
+
+def test_invariant_5_a_lost_pause_is_back_before_the_jobs_it_holds(parts):
+    parts.register_model()
+    job = parts.accept()
+    parts.enqueue(job)
+    parts.pauses.pause(model=MODEL, job_class="*", tenant_id="*", by="ada")
+    parts.client.flushall()
+    assert parts.upkeep.sweep() == 1
+    assert parts.claimable() == [], "the job is back, and paused"
+    parts.pauses.resume(model=MODEL, job_class="*", tenant_id="*")
+    parts.upkeep.sweep()
+    assert parts.claimable() == [job]
+
+
+def test_a_long_backlog_gives_others_their_turn_after_each_page(parts, monkeypatch):
+    monkeypatch.setattr("headrace.gateway.upkeep.PAGE", 2)
+    for _ in range(5):
+        parts.accept()
+    turns = []
+    parts.upkeep.relay(older_than_s=0, meanwhile=lambda: turns.append("relay"))
+    parts.upkeep.sweep(meanwhile=lambda: turns.append("sweep"))
+    assert turns == ["relay"] * 3 + ["sweep"] * 3
