@@ -11,6 +11,8 @@ Invariants:
 5. `auto` is a value that depends on the device. Only the engine sees that, so only it resolves them
    (worker/engine/startup.py); the text says to what.
 
+Size: a field a variable, each with its sentence and range; README's table is made of them.
+
 Called by: each `__main__` and `create_app`, once; slices are passed down from there.
 `python -m headrace.contract.settings` prints the table of README.
 """
@@ -104,6 +106,28 @@ def _begins_with(*schemes: str) -> Callable[[SecretStr], SecretStr]:
     return check
 
 
+def _is_address(value: str) -> str:
+    """Check `host:port`; empty means none."""
+    host, _, port = value.rpartition(":")
+    if value and not (host and port.isascii() and port.isdigit() and int(port) < 65_536):
+        raise ValueError("an address is HOST:PORT, as 127.0.0.1:9464, or empty for none")
+    return value
+
+
+#: Where Prometheus finds a process that serves no HTTP otherwise.
+MetricsBind = Annotated[
+    str,
+    AfterValidator(_is_address),
+    Field(description="Address of the worker's, or the tasks', own /metrics; empty: none."),
+]
+
+
+def _is_collector(value: str) -> str:
+    if value and not value.startswith(("http://", "https://")):
+        raise ValueError("an address must begin with http:// or https://, or be empty")
+    return value
+
+
 class StoreSettings(Settings):
     """Where Redis and Postgres are: what every process but the engine needs."""
 
@@ -121,13 +145,30 @@ class StoreSettings(Settings):
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         Field(description="Least severe log line that is written."),
     ] = "INFO"
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="Log lines: `key=value`, or one JSON object.")
+    ] = "text"
     lease_s: Annotated[
         float,
         Field(gt=0, le=600, description="A worker silent for this long loses its jobs, seconds."),
     ] = 10.0
 
 
-class GatewaySettings(StoreSettings):
+class TracedSettings(StoreSettings):
+    """What the processes on a job's way need to tell of it."""
+
+    traces_url: Annotated[
+        str,
+        AfterValidator(_is_collector),
+        Field(description="OTLP/HTTP collector of traces, as http://host:4318; empty: no traces."),
+    ] = ""
+    traces_share: Annotated[
+        float,
+        Field(ge=0, le=1, description="Traces begun here: of requests without a `traceparent`."),
+    ] = 1.0
+
+
+class GatewaySettings(TracedSettings):
     """The gateway's own settings."""
 
     bind: Annotated[str, Field(description="Address the HTTP server listens on.")] = (
@@ -152,6 +193,13 @@ class GatewaySettings(StoreSettings):
         float,
         Field(gt=0, le=120, description="Comment line on a silent event stream, every seconds."),
     ] = 10.0
+    behind_proxy: Annotated[
+        bool,
+        Field(
+            description="A proxy in front is believed on who asks, and whether by https "
+            "(X-Forwarded-For, -Proto: it must set both)."
+        ),
+    ] = False
     db_pool_size: Annotated[
         int, Field(ge=1, le=200, description="Postgres connections a gateway process keeps.")
     ] = 16
@@ -161,7 +209,7 @@ class GatewaySettings(StoreSettings):
 Auto = Literal["auto"]
 
 
-class WorkerSettings(StoreSettings):
+class WorkerSettings(TracedSettings):
     """Courier and engine of one worker."""
 
     model: Annotated[
@@ -228,7 +276,7 @@ class WorkerSettings(StoreSettings):
     ] = 20.0
     drain_s: Annotated[
         float,
-        Field(ge=0, le=3600, description="After SIGTERM running jobs have this long, seconds."),
+        Field(ge=0, le=3600, description="After SIGTERM or a drain running jobs have so long, s."),
     ] = 30.0
     step_timeout_s: Annotated[
         float,
@@ -237,9 +285,7 @@ class WorkerSettings(StoreSettings):
     worker_id: Annotated[
         str, Field(description="Name of this worker; empty: host name and a random part.")
     ] = ""
-    metrics_bind: Annotated[
-        str, Field(description="Address of the worker's own /metrics; empty: none.")
-    ] = ""
+    metrics_bind: MetricsBind = ""
     runner: Annotated[
         Literal["model", "stub"],
         Field(description="stub: tokens from a pure function, no model (fault tests)."),
@@ -264,9 +310,14 @@ class TasksSettings(StoreSettings):
     sweep_every_s: Annotated[
         float, Field(gt=0, le=600, description="Sweeper and deadlines: every seconds.")
     ] = 2.0
+    oldest_job_target_s: Annotated[
+        float,
+        Field(gt=0, le=604_800, description="A job that waits longer raises an alarm, seconds."),
+    ] = 60.0
     retention_days: Annotated[
         int, Field(ge=1, le=3650, description="Ended jobs are deleted after so many days.")
     ] = 30
+    metrics_bind: MetricsBind = ""
 
 
 class FleetSettings(Settings):

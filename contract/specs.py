@@ -32,6 +32,7 @@ def spec_of(row: RowMapping) -> wire.JobSpec:
         prompt_token_ids=None if ids is None else tuple(ids),
         messages=None if messages is None else tuple(messages),
         deadline_ms=None if deadline_at is None else int(deadline_at.timestamp() * 1000),
+        traceparent=row["traceparent"],
     )
 
 

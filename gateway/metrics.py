@@ -9,8 +9,14 @@ Called by: gateway/services (one a process); views, stream and outbox count with
 
 from __future__ import annotations
 
+import os
+import threading
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from headrace.contract import exposition
 
 #: Bounds of the latency histogram, seconds: status polls take milliseconds, waits up to a minute.
 LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
@@ -40,6 +46,8 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.num_streams = 0  # of this process alone: a gauge cannot be asked for its value
+        self._streams_lock = threading.Lock()
         self.events = Counter(
             "headrace_events_sent_total",
             "Events sent to subscribers.",
@@ -63,11 +71,38 @@ class Metrics:
             registry=registry,
         )
 
+    def stream_opened(self) -> None:
+        self.live_streams.inc()
+        with self._streams_lock:
+            self.num_streams += 1
+
+    def stream_closed(self) -> None:
+        self.live_streams.dec()
+        with self._streams_lock:
+            self.num_streams -= 1
+
     def render(self) -> bytes:
         """Return the text exposition of all processes."""
+        collected, find = CollectorRegistry(), _gunicorns
         try:
-            collected = CollectorRegistry()
             MultiProcessCollector(collected)
         except ValueError:  # no folder is named: this process is the only one
-            collected = self._registry
+            collected.register(exposition.Labelled(self._registry, {}))
+            find = _this_one
+        collected.register(exposition.BuildInfo("gateway"))
+        collected.register(exposition.Processes(find))
         return generate_latest(collected)
+
+
+def _this_one() -> list[tuple[str, int]]:
+    return [("gateway", os.getpid())]
+
+
+def _gunicorns() -> list[tuple[str, int]]:
+    """Name gunicorn's master and its workers."""
+    master = os.getppid()
+    try:
+        children = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+    except OSError:  # no Linux, or one that does not tell: at least this one
+        children = [str(os.getpid())]
+    return [("gunicorn", master), *(("gateway", int(pid)) for pid in children)]

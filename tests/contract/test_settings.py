@@ -85,6 +85,11 @@ def test_invariant_3_a_secret_may_stand_in_a_file(tmp_path):
         ("RETENTION_DAYS", "1.5"),
         ("RETENTION_DAYS", "-1"),
         ("LOG_LEVEL", "loud"),
+        ("LOG_FORMAT", "xml"),
+        ("METRICS_BIND", "9464"),
+        ("METRICS_BIND", ":9464"),
+        ("METRICS_BIND", "127.0.0.1:http"),
+        ("METRICS_BIND", "127.0.0.1:70000"),
         ("REDIS_URL", "http://:hunter2@h/0"),
         ("REDIS_URL", ""),
         ("DATABASE_URL", "postgresql://u:hunter2@h/d"),
@@ -94,6 +99,12 @@ def test_a_value_out_of_range_is_named_and_secrets_are_not_shown(name, value):
     with pytest.raises(ConfigurationError, match=f"HEADRACE_{name}") as caught:
         TasksSettings.from_env(STORES | {f"HEADRACE_{name}": value})
     assert "hunter2" not in caught.value.detail
+
+
+@pytest.mark.parametrize(("name", "value"), [("URL", "collector:4318"), ("SHARE", "1.5")])
+def test_a_collector_that_cannot_be_one_is_refused(name, value):
+    with pytest.raises(ConfigurationError, match=f"HEADRACE_TRACES_{name}"):
+        GatewaySettings.from_env(STORES | {f"HEADRACE_TRACES_{name}": value})
 
 
 def test_what_depends_on_the_device_is_auto_or_a_number_in_range():
