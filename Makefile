@@ -1,6 +1,7 @@
 # make demo    install into .venv, start everything, ask the real model one question, stop everything
 # make up      the same, and stay up until Ctrl-C
-# make test    install what the tests need, then lint, types and all tests
+# make test    install what the tests need, then lint, types and all tests but those of the browser
+# make test-browser    drive the dashboard of a whole fleet in Chromium, which must be installed
 # make venv    only install
 # make clean   remove .venv, .data and caches
 #
@@ -26,7 +27,7 @@ define pip
 	tail -n 1 $(LOG) | grep -q 'with 0$$' || { tail -n 25 $(LOG) >&2; exit 1; }
 endef
 
-.PHONY: demo up test venv clean
+.PHONY: demo up test test-browser venv clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -40,6 +41,9 @@ test: $(VENV)/installed-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	$(RUN) -m pytest
+
+test-browser: $(VENV)/installed-test
+	$(RUN) -m pytest tests/browser
 
 venv: $(VENV)/installed
 
