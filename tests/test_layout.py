@@ -102,9 +102,11 @@ def test_folders_are_one_deep_but_for_engine_and_dashboard():
 
 
 def test_tests_mirror_the_tree():
-    # A folder of tests stands for a folder of code; golden/ holds the wire's pinned bytes.
+    # A folder of tests stands for a folder of code; golden/ holds the wire's pinned bytes, browser/
+    # drives Chromium through the pages of a whole fleet.
     inside = [path.relative_to(ROOT / "tests") for path in files("tests")]
-    assert {path.parts[0] for path in inside if len(path.parts) > 1} <= {*FOLDERS, "golden"}
+    folders = {path.parts[0] for path in inside if len(path.parts) > 1}
+    assert folders <= {*FOLDERS, "browser", "golden"}
 
 
 # -- imports ---------------------------------------------------------------------------------
@@ -197,6 +199,7 @@ REDIS_FILES = {
     "contract/streams.py",
     "contract/tokens.py",
     "contract/scripts.py",
+    "contract/live.py",
 }
 
 

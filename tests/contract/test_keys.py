@@ -19,6 +19,9 @@ def test_a_models_keys_share_one_hash_tag_and_models_never_share_one(one, two):
         keys.job_hash(one, "job_1"),
         keys.token_log(one, "job_1"),
         keys.subscribers(one, "job_1"),
+        keys.counts(one),
+        keys.takeovers(one),
+        keys.paused(one),
         keys.wake_channel(one),
     ]
     tags = {re.match(r"hr:\{([^{}:]+)\}:", key)[1] for key in made}
@@ -29,13 +32,25 @@ def test_a_models_keys_share_one_hash_tag_and_models_never_share_one(one, two):
 
 def test_the_patterns_are_those_of_the_glossary():
     assert keys.__doc__ is not None
-    for text in ("lane:<class>:<priority>:<tenant>", "job:<id>", "log:<id>", "subs:<id>", "wake"):
+    named = ("lane:<class>:<priority>:<tenant>", "job:<id>", "log:<id>", "subs:<id>", "wake")
+    for text in (*named, "counts", "takeovers", "paused"):
         assert f"hr:{{m}}:{text}" in keys.__doc__
     assert keys.lane_stream("m", keys.lane("batch", "low", "t")) == "hr:{m}:lane:batch:low:t"
     assert keys.job_hash("m", "j") == "hr:{m}:job:j"
     assert keys.token_log("m", "j") == "hr:{m}:log:j"
     assert keys.subscribers("m", "j") == "hr:{m}:subs:j"
     assert keys.worker_beat("w") == "hr:worker:w"
+    assert keys.worker_last("w") == "hr:worker-last:w"
     assert keys.shard_channel("g") == "hr:shard:g"
-    for name in (keys.WORKERS, keys.EPOCH, "hr:shard:<gateway>", "hr:worker:<id>"):
+    figures = (keys.STREAMS, keys.SAMPLE, keys.SAMPLER, keys.SNAPSHOTS)
+    history = (keys.HISTORY_5S, keys.HISTORY_1M)
+    for name in (
+        *figures,
+        *history,
+        keys.WORKERS,
+        keys.EPOCH,
+        "hr:shard:<gateway>",
+        "hr:worker:<id>",
+        "hr:worker-last:<id>",
+    ):
         assert name in keys.__doc__

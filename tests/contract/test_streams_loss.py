@@ -19,7 +19,8 @@ def claim(streams, worker, lease_ms=LONG_MS):
 
 
 def names_of(client):
-    return sorted(key.decode().removeprefix(keys.prefix(MODEL)) for key in client.keys("hr:*"))
+    found = {key.decode().removeprefix(keys.prefix(MODEL)) for key in client.keys("hr:*")}
+    return sorted(found - {"counts", "takeovers"})  # figures stay
 
 
 def test_invariant_2_a_worker_restores_its_job_after_flushall(
@@ -139,6 +140,31 @@ def test_a_worker_is_alive_until_its_beat_runs_out_or_it_leaves(client):
     workers.leave("w3")
     assert workers.alive() == {"w1": beat_of("w1")}
     assert 0 < client.pttl(keys.worker_beat("w1")) <= 60_000
+
+
+def test_a_silent_worker_is_seen_for_an_hour_as_it_was_last(client):
+    workers = Workers(client)
+    assert workers.seen() == []
+    for name in ("w3", "w1", "w2"):
+        workers.beat(beat_of(name, num_held=4), lifetime_ms=60_000)
+    client.delete(keys.worker_beat("w2"))  # as if it had run out
+    client.pexpire(keys.worker_last("w2"), keys.WORKER_LAST_S * 1000 - 5_000)
+    workers.leave("w3")
+    alive, dead = workers.seen()
+    assert (alive.beat, alive.is_alive) == (beat_of("w1", num_held=4), True)
+    assert alive.beat_age_ms < 60_000
+    assert (dead.beat, dead.is_alive) == (beat_of("w2", num_held=4), False)
+    assert 5_000 <= dead.beat_age_ms < 60_000
+    client.delete(keys.worker_last("w2"))
+    assert [each.beat.worker for each in workers.seen()] == ["w1"]
+
+
+def test_a_beat_of_another_version_hides_no_other_worker(client):
+    workers = Workers(client)
+    for name in ("new", "w1"):
+        workers.beat(beat_of(name), lifetime_ms=60_000)
+    client.set(keys.worker_last("new"), b"\x81\xa1v\x63")
+    assert [each.beat.worker for each in workers.seen()] == ["w1"]
 
 
 def test_the_epoch_begins_anew_when_redis_is_wiped(client):

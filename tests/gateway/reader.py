@@ -22,10 +22,16 @@ class Reader:
     """One subscription; `with` closes it as a client that leaves."""
 
     def __init__(
-        self, client: FlaskClient, job: str, *, after: str | None = None, header: str | None = None
+        self,
+        client: FlaskClient,
+        job: str,
+        *,
+        after: str | None = None,
+        header: str | None = None,
+        path: str | None = None,
     ) -> None:
         self.response = client.get(
-            f"/v1/jobs/{job}/events",
+            path or f"/v1/jobs/{job}/events",
             query_string={} if after is None else {"starting_after": after},
             headers={} if header is None else {"Last-Event-ID": header},
         )
