@@ -17,6 +17,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 WIDE = {"width": 1280, "height": 900}
 PHONE = {"width": 360, "height": 740}
 THEMES = ("light", "dark")
+#: Waits until no colour is on its way to another, for such a one is neither; a transition that
+#: gives way to a newer one is rejected, not finished.
+SETTLED = """async () => {
+  const running = () => document.getAnimations().filter((a) => a.playState === "running");
+  while (running().length) await Promise.allSettled(running().map((a) => a.finished));
+}"""
 #: Every page but the login, by the name of its picture.
 PAGES = {
     "overview": "/dashboard",
@@ -90,8 +96,7 @@ def set_theme(page: Page, theme: str) -> None:
 
 def check_accessible(page: Page) -> None:
     """Assert that axe finds nothing serious or critical on what the page shows now."""
-    # A colour on its way to another is neither.
-    page.evaluate("() => Promise.all(document.getAnimations().map((a) => a.finished))")
+    page.evaluate(SETTLED)
     violations = Axe().run(page).response["violations"]
     grave = [
         f"{found['id']}: {node['html']} {node.get('failureSummary', '')}"

@@ -15,7 +15,7 @@ SCRIPTS = (
     "<script>alert(1)</script>",
     "\"'><img src=x onerror=alert(1)>",
     "</textarea></template><svg onload=alert(1)>",
-    "{{7*7}}${7*7}<b>bold</b>",
+    "{{7919*7919}}${7919*7919}<b>bold</b>",
     "javascript:alert(1)",
 )
 HOSTILE = " ".join(SCRIPTS)
@@ -30,7 +30,8 @@ def check_inert(page: Page) -> None:
     assert page.locator("b:text-is('bold'), img[src=x], svg[onload]").count() == 0
     assert page.locator("script:not([src])").count() == 0
     assert page.locator("a[href^='javascript:']").count() == 0
-    assert "49" not in page.locator("main").inner_text().split()
+    # A product that no age or count on a page happens to be.
+    assert str(7919 * 7919) not in page.locator("main").inner_text()
 
 
 def test_prompt_metadata_and_error_of_a_job(page, stage: Stage):
