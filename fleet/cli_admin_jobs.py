@@ -35,7 +35,6 @@ After = Annotated[str | None, typer.Option(help="Created from, ISO 8601; without
 Before = Annotated[str | None, typer.Option(help="Created before.")]
 
 COLUMNS = ("id", "status", "tenant", "model", "class", "priority", "worker", "created_at", "error")
-_SPAN_MS = ("start_ms", "duration_ms")
 #: Seconds a bulk action may take: 100,000 jobs in transactions of 500.
 BULK_TIMEOUT_S = 600.0
 
