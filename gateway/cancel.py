@@ -1,13 +1,14 @@
 """What is told to Redis after Postgres has taken a cancellation: the end, or the wish.
 
-Called by: gateway/jobs (the client's cancel), gateway/dashboard/jobs (the operator's).
+Called by: gateway/jobs (the client's cancel), gateway/dashboard/jobs (the operator's) and queues
+(a purge).
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import RowMapping
 
@@ -16,6 +17,15 @@ from headrace.contract.errors import QueueUnavailable
 from headrace.contract.specs import end_of
 from headrace.contract.wire import JobStatus
 from headrace.gateway.services import Services
+
+
+def tell_ended(services: Services, model: str, rows: Sequence[RowMapping]) -> None:
+    """Do for jobs that ended in the queue what a worker would: end their logs, drop their entries.
+
+    In this order: with its entry gone and no end in its log a job keeps subscribers waiting.
+    """
+    services.token_log.end(model, [end_of(row) for row in rows])
+    services.streams.finish(model, [(row["id"], "") for row in rows])
 
 
 def tell_canceled(services: Services, rows: Iterable[RowMapping]) -> None:
@@ -30,8 +40,7 @@ def tell_canceled(services: Services, rows: Iterable[RowMapping]) -> None:
         ended = [row for row in group if JobStatus(row["status"]).is_terminal]
         try:
             if ended:
-                services.token_log.end(model, [end_of(row) for row in ended])
-                services.streams.finish(model, [(row["id"], "") for row in ended])
+                tell_ended(services, model, ended)
                 for row in ended:
                     services.enqueuer.confirm(row["id"])
             for row in group:

@@ -34,8 +34,8 @@ from headrace.contract.errors import (
 )
 from headrace.contract.pauses import ALL
 from headrace.contract.purge import Purge
-from headrace.contract.specs import end_of
 from headrace.contract.streams import LaneDepth
+from headrace.gateway.cancel import tell_ended
 from headrace.gateway.dashboard.alarms import iso
 from headrace.gateway.services import Services
 
@@ -236,11 +236,9 @@ class Queues:
             log.event("pause.left_to_sweeper", level=logging.WARNING, why=error.detail)
 
     def _end(self, model: str, rows: Sequence[RowMapping]) -> None:
-        """Do for jobs canceled in the queue what their workers would: end logs, drop entries."""
         services = self._services
         try:
-            services.token_log.end(model, [end_of(row) for row in rows])
-            services.streams.finish(model, [(row["id"], "") for row in rows])
+            tell_ended(services, model, rows)
             services.ledger.outbox_done([row["id"] for row in rows])
         except QueueUnavailable as error:
             log.event("purge.left_to_sweeper", level=logging.WARNING, why=error.detail)
