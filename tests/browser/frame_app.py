@@ -60,7 +60,9 @@ class FrameApp:
         self.answer: tuple[dict[str, Any], int] = ({}, 202)
         self.num_feeds = 0  # streams opened
         self.is_away = False
-        self._num_drawn = 0
+        self.may_draw = threading.Event()  # while clear, a page that is asked for waits
+        self.may_draw.set()
+        self.num_asked = 0  # pages asked for
         self._listeners: list[queue.Queue[bytes | None]] = []
 
     def send(self, name: str, data: Any) -> None:
@@ -87,9 +89,11 @@ class FrameApp:
         g.csrf_token = CSRF_TOKEN
 
     def _page(self) -> Response:
-        self._num_drawn += 1
+        self.num_asked += 1
+        num_drawn = self.num_asked
+        self.may_draw.wait()
         page = frame.environment().from_string(PAGE)
-        return frame.render(page, history=self.history, num_drawn=self._num_drawn)
+        return frame.render(page, history=self.history, num_drawn=num_drawn)
 
     def _feed(self) -> Response:
         if self.is_away:

@@ -175,6 +175,18 @@ def test_a_button_asks_for_the_word_sends_the_token_and_reads_the_part_again(fak
     expect(row(page, "w1").locator(".badge")).to_have_text("ready")  # filled again at once
 
 
+def test_what_is_asked_while_a_part_is_being_read_is_read_after_it(fake, page):
+    """Two readings at once once ended with the older answer: the newer one had nowhere to go."""
+    fake.may_draw.clear()
+    for _ in range(4):
+        page.evaluate("headrace.refresh()")
+    wait_for(lambda: fake.num_asked == 2, "the first reading")
+    fake.may_draw.set()
+    expect(page.locator("#drawn")).to_have_text("3")
+    page.evaluate("headrace.refresh()")
+    expect(page.locator("#drawn")).to_have_text("4")
+
+
 def test_a_question_answered_with_no_sends_nothing(fake, page):
     fake.send("delta", {"workers": {"w1": figures("w1")}})
     button = row(page, "w1").get_by_role("button", name="Drain")

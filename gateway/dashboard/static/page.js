@@ -53,10 +53,29 @@ headrace.send = async (method, url, body) => {
   return { ok: response.ok, status: response.status, data };
 };
 
-headrace.refresh = () => {
-  for (const part of document.querySelectorAll("[data-refresh][id]")) {
+// Read every [data-refresh] part again: one request a part at a time, so that an older answer never
+// comes after a newer one. What is asked while one is under way is read once more after it.
+const reading = new Map();
+const read = async (id) => {
+  do {
+    reading.set(id, false);
+    const part = document.getElementById(id);
+    if (!part) break;
     const here = part.dataset.refresh || location.pathname + location.search;
-    htmx.ajax("GET", here, { target: `#${part.id}`, select: `#${part.id}`, swap: "outerHTML" });
+    const swap = { source: part, target: part, select: `#${id}`, swap: "outerHTML" };
+    try {
+      await htmx.ajax("GET", here, swap);
+    } catch {
+      // htmx has said it (htmx:error); the part stays as it is.
+    }
+  } while (reading.get(id));
+  reading.delete(id);
+};
+
+headrace.refresh = () => {
+  for (const { id } of document.querySelectorAll("[data-refresh][id]")) {
+    if (reading.has(id)) reading.set(id, true);
+    else read(id);
   }
 };
 
