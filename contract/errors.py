@@ -3,7 +3,7 @@
     HeadraceError                500  a fault of ours
     +-- InvalidRequest           400  what the client sent cannot be meant
     |   +-- InvalidJson, UnknownField, MissingField, WrongType, OutOfRange, InvalidText
-    |   +-- PromptChoice, InvalidEventId, InvalidCursor, InvalidHeader, NotConfirmed
+    |   +-- WrongPassword, PromptChoice, InvalidEventId, InvalidCursor, InvalidHeader, NotConfirmed
     +-- Unauthenticated          401
     |   +-- LoginRefused
     +-- Forbidden                403  known, but its role does not allow it
@@ -72,6 +72,10 @@ class WrongType(InvalidRequest):
 
 class OutOfRange(InvalidRequest):
     code = "out_of_range"
+
+
+class WrongPassword(InvalidRequest):
+    code = "wrong_password"  # one's own, for a new one; at a login it is LoginRefused
 
 
 class InvalidText(InvalidRequest):

@@ -182,17 +182,43 @@ class Operators:
 
     def login(self, name: str, password: str, address: str | None) -> NewSession:
         """Check a password and open a session; LoginRefused, LockedOut or LoginBusy if not."""
-        if len(password) > MAX_LENGTH:
-            raise _refused()
         with self._passwords.slot():
-            row = self._count_try(name) if _NAME.fullmatch(name) else None
-            stored = None if row is None else row.password_hash
-            if not self._passwords.is_right(stored, password) or row is None:
-                raise _refused()
+            row = self._prove(name, password)
             password_hash = row.password_hash
             if self._passwords.is_outdated(password_hash):
                 password_hash = self._passwords.hash(password)
         return self._open(row, password_hash, address)
+
+    def change_password(self, name: str, password: str, new_password: str) -> None:
+        """Give a new password to whoever knows the old one; refused as a login is.
+
+        Ends all sessions of the operator, also the one it was asked in.
+        """
+        check_password(new_password)
+        if new_password == password:
+            raise OutOfRange("new_password: it is the old one: choose another")
+        with self._passwords.slot():
+            row = self._prove(name, password)
+            hashed = self._passwords.hash(new_password)
+        changed = (
+            update(operators)
+            .where(operators.c.id == row.id, operators.c.password_hash == row.password_hash)
+            .values(password_hash=hashed, num_failures=0, locked_until=None)
+        )
+        with database_errors("change password"), self._engine.begin() as db:
+            if not db.execute(changed).rowcount:  # changed by another meanwhile
+                raise _refused()
+            db.execute(delete(sessions).where(sessions.c.operator_id == row.id))
+
+    def _prove(self, name: str, password: str) -> _Tried:
+        """Count a try and compare the password, within a slot; LoginRefused or LockedOut if not."""
+        if len(password) > MAX_LENGTH:
+            raise _refused()
+        row = self._count_try(name) if _NAME.fullmatch(name) else None
+        stored = None if row is None else row.password_hash
+        if not self._passwords.is_right(stored, password) or row is None:
+            raise _refused()
+        return row
 
     def _count_try(self, name: str) -> _Tried | None:
         """Count a try as a failure, until it proves right; None for an unknown name."""

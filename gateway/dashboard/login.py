@@ -1,4 +1,4 @@
-"""Logging in and out, and saying who one is.
+"""Logging in and out, saying who one is, and changing one's own password.
 
 Invariants:
 1. A login is taken only from our own page (guard.check_origin), and makes a new session; the one
@@ -7,6 +7,7 @@ Invariants:
    the wrong field.
 3. The cookie is HttpOnly, SameSite=Strict, for the whole host, Secure where the request came by
    https, and goes with the browser or after SESSION_S.
+4. One's own password is changed by whoever knows the old one; wrong ones count as failed logins.
 
 Called by: gateway/dashboard/admin_routes.
 """
@@ -16,16 +17,22 @@ from __future__ import annotations
 from typing import Literal
 
 from flask import Response, g, redirect, request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.contract.audit import DONE, Entry
-from headrace.contract.errors import HeadraceError, LockedOut, LoginRefused
+from headrace.contract.errors import (
+    Forbidden,
+    HeadraceError,
+    LockedOut,
+    LoginRefused,
+    WrongPassword,
+)
 from headrace.contract.operators import SESSION_S, NewSession, check_name
 from headrace.contract.roles import Role
 from headrace.gateway.dashboard.actor import Actor
 from headrace.gateway.dashboard.frame import render
 from headrace.gateway.dashboard.guard import LOGIN_PATH, AuditTrail, check_origin
-from headrace.gateway.dashboard.reading import form_fields
+from headrace.gateway.dashboard.reading import form_fields, json_body
 from headrace.gateway.jobs import json_response
 from headrace.gateway.openapi import SESSION_COOKIE, Operation
 from headrace.gateway.services import Services
@@ -41,6 +48,15 @@ class Me(BaseModel):
     name: str
     kind: Literal["operator", "key"]
     role: Role
+
+
+class OwnPasswordRequest(BaseModel):
+    """A new password for whoever asks."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    password: str = Field(description="The password that is to be changed.")
+    new_password: str = Field(description="12 to 1,024 characters.")
 
 
 class LoginRoutes:
@@ -83,7 +99,28 @@ class LoginRoutes:
 
     def me(self) -> Response:
         actor: Actor = g.actor
-        return json_response({"name": actor.name, "kind": actor.kind, "role": actor.role})
+        return json_response(_me(actor))
+
+    def own_password(self) -> Response:
+        actor: Actor = g.actor
+        wanted = json_body(OwnPasswordRequest, self._services.settings)
+        if actor.kind != "operator":
+            raise Forbidden("a key has no password: log in as the operator whose it is")
+        try:
+            self._services.operators.change_password(
+                actor.name, wanted.password, wanted.new_password
+            )
+        except LoginRefused as refused:  # whoever asks is logged in: this is no 401
+            raise WrongPassword(
+                "password: it is not the one you have: type it again (wrong ones lock the name)"
+            ) from refused
+        self._services.sessions.forget()
+        response = json_response(_me(actor))
+        _set_cookie(response, "", max_age=0)
+        return response
+
+    def account_page(self) -> Response:
+        return render("account.html")
 
     def _known(self, name: str) -> str | None:
         try:
@@ -98,6 +135,10 @@ class LoginRoutes:
         else:  # whoever it was has not shown to be that operator
             actor, kind, role = who or "?", "nobody", None
         self._trail.write(Entry(actor, kind, role, "login", request.remote_addr), outcome)
+
+
+def _me(actor: Actor) -> dict[str, str]:
+    return {"name": actor.name, "kind": actor.kind, "role": actor.role}
 
 
 def safe_path(path: str) -> str:
@@ -144,6 +185,11 @@ def operations(services: Services) -> list[Operation]:
             "GET", "/v1/admin/me", "admin_me", routes.me, "Say who asks, and with which role.",
             {200: Me}, role=Role.VIEWER,
         ),
+        Operation(
+            "POST", "/v1/admin/me/password", "admin_own_password", routes.own_password,
+            "Change one's own password; ends one's sessions.", {200: Me}, body=OwnPasswordRequest,
+            problems=(400, 413, 415, 429), role=Role.VIEWER, action="operator.own_password",
+        ),
     ]  # fmt: skip
 
 
@@ -157,6 +203,10 @@ def page_operations(services: Services) -> list[Operation]:
         Operation(
             "POST", LOGIN_PATH, "login", routes.login, "Log in.", {303: "text/html"},
             is_open=True, is_page=True,
+        ),
+        Operation(
+            "GET", "/dashboard/account", "account_page", routes.account_page,
+            "One's own account.", {200: "text/html"}, role=Role.VIEWER, is_page=True,
         ),
         Operation(
             "POST", "/dashboard/logout", "logout", routes.logout, "Log out.", {303: "text/html"},

@@ -34,6 +34,7 @@ PAGES = {
     "keys": "/dashboard/keys",
     "operators": "/dashboard/operators",
     "audit": "/dashboard/audit",
+    "account": "/dashboard/account",
 }
 
 

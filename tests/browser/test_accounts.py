@@ -109,3 +109,33 @@ def test_a_page_can_be_read_by_everyone_and_on_a_phone(as_role, name, theme):
     check_accessible(page)
     page.set_viewport_size(PHONE)
     check_no_sideways_scroll(page)
+
+
+def test_one_changes_ones_own_password_and_logs_in_with_it(as_role, context, watch, stage):
+    admin = as_role(Role.ADMIN).page
+    admin.goto("/dashboard/operators")
+    form = admin.locator("form[action='/v1/admin/operators']")
+    form.get_by_label("Name").fill("browser-own")
+    form.get_by_label("Password").fill("correct horse battery")
+    form.get_by_role("button", name="Create operator").click()
+    expect(admin.get_by_role("row").filter(has_text="browser-own")).to_contain_text("active")
+
+    def log_in(password: str) -> None:
+        page.get_by_label("Name").fill("browser-own")
+        page.get_by_label("Password").fill(password)
+        page.get_by_role("button", name="Log in").click()
+        expect(page.get_by_role("link", name="browser-own")).to_be_visible()
+
+    watch.expect_status(400)
+    page = context.new_page()
+    page.goto(f"{stage.fleet.api}/dashboard")
+    log_in("correct horse battery")
+    page.get_by_role("link", name="browser-own").click()
+    page.get_by_label("Old password").fill("not this one")
+    page.get_by_label("New password").fill("another horse battery")
+    page.get_by_role("button", name="Change password").click()
+    expect(page.get_by_text("it is not the one you have")).to_be_visible()
+    page.get_by_label("Old password").fill("correct horse battery")
+    page.get_by_role("button", name="Change password").click()
+    expect(page).to_have_title("Log in · headrace")
+    log_in("another horse battery")

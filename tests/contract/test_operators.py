@@ -22,7 +22,7 @@ from headrace.contract.errors import (
     NotFound,
     OutOfRange,
 )
-from headrace.contract.operators import Operators, Session
+from headrace.contract.operators import MAX_FAILURES, Operators, Session
 from headrace.contract.passwords import DECOY, MAX_AT_ONCE, Passwords
 from headrace.contract.records import operators, sessions
 from headrace.contract.roles import Role
@@ -388,3 +388,32 @@ def test_a_postgres_that_is_away_is_database_unavailable():
         with pytest.raises(DatabaseUnavailable):
             call()
     engine.dispose()
+
+
+# -- one's own password ----------------------------------------------------------------------
+
+
+def test_a_password_is_changed_by_whoever_knows_it_and_ends_the_sessions(people, name):
+    opened = [people.login(name, PASSWORD, None) for _ in range(2)]
+    people.change_password(name, PASSWORD, "another horse battery")
+    assert [people.session(each.token) for each in opened] == [None, None]
+    with pytest.raises(LoginRefused):
+        people.login(name, PASSWORD, None)
+    assert people.login(name, "another horse battery", None).operator == name
+
+
+def test_wrong_old_passwords_lock_the_name_and_change_nothing(people, name):
+    session = people.login(name, PASSWORD, None)
+    for _ in range(MAX_FAILURES):
+        with pytest.raises(LoginRefused):
+            people.change_password(name, WRONG, "another horse battery")
+    with pytest.raises(LockedOut):
+        people.change_password(name, PASSWORD, "another horse battery")
+    assert people.session(session.token) is not None
+
+
+def test_a_new_password_that_cannot_be_one_costs_no_try(people, name):
+    for bad in ("short", "x" * 1025, PASSWORD):
+        with pytest.raises(OutOfRange):
+            people.change_password(name, PASSWORD, bad)
+    assert people.operator(name)["num_failures"] == 0

@@ -15,7 +15,9 @@ from headrace.contract.passwords import Passwords
 from headrace.contract.roles import Role
 from headrace.gateway.app import create_app, services_of
 from headrace.gateway.openapi import SESSION_COOKIE
+from headrace.tests.gateway.conftest import client_of
 from headrace.tests.gateway.operators import PASSWORD, browser_of, make_operator
+from headrace.tests.gateway.test_bad_input import check_problem
 from headrace.tests.gateway.test_server import running_gateway
 
 SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
@@ -251,3 +253,37 @@ def test_gunicorn_too_believes_a_proxy_only_where_there_is_one(
         )
     assert answer.status_code == 303
     assert ("Secure" in answer.headers["Set-Cookie"]) is is_behind_proxy
+
+
+# -- one's own password ----------------------------------------------------------------------
+
+
+def test_ones_own_password_is_changed_and_the_session_ends(app, services):
+    grace = browser_of(app, make_operator(app, "grace", Role.VIEWER))
+    new = "another horse battery"
+    body = {"password": PASSWORD, "new_password": new}
+    answer = grace.post("/v1/admin/me/password", json=body)
+    assert answer.get_json() == {"name": "grace", "kind": "operator", "role": "viewer"}
+    assert f"{SESSION_COOKIE}=;" in answer.headers["Set-Cookie"]
+    row = last_row(services)
+    assert (row["actor"], row["action"]) == ("grace", "operator.own_password")
+    assert (row["outcome"], new in str(row)) == ("done", False)
+    assert grace.get("/v1/admin/me").status_code == 401
+    assert log_in(app.test_client(), "grace").status_code == 401
+    assert log_in(app.test_client(), "grace", new).status_code == 303
+
+
+def test_a_wrong_old_password_is_no_401_and_ends_no_session(app):
+    alan = browser_of(app, make_operator(app, "alan", Role.VIEWER))
+    body = {"password": "not this one", "new_password": "another horse battery"}
+    check_problem(alan.post("/v1/admin/me/password", json=body), 400, "wrong_password")
+    assert alan.get("/v1/admin/me").get_json()["name"] == "alan"
+    assert 'name="new_password"' in alan.get("/dashboard/account").text
+
+
+def test_a_key_has_no_password(app, services):
+    made = services.accounts.create_key(tenant="t", name="n", role=Role.ADMIN)
+    client = client_of(app, made)
+    body = {"password": PASSWORD, "new_password": "another horse battery"}
+    check_problem(client.post("/v1/admin/me/password", json=body), 403, "forbidden")
+    assert 'name="new_password"' not in client.get("/dashboard/account").text
