@@ -272,12 +272,13 @@ def _shown(row: Row) -> Row:
 
 
 def blank_row() -> Row:
-    """Return the row from which pages make those of queues that come later."""
+    """Return the row from which pages make those of queues that come later (live.js fills it)."""
     numbers = dict.fromkeys(("num_queued", "num_held", "lag", "num_takeovers"), 0)
-    texts = dict.fromkeys(("model", "job_class", "tenant_id", "tenant", "holders"), "")
+    texts = {name: f"{{={name}}}" for name in ("model", "job_class", "tenant_id", "tenant")}
     return {
         **numbers,
         **texts,
+        "holders": "",
         "state": "active",
         "oldest_s": None,
         "is_paused": False,

@@ -33,7 +33,8 @@ PAGE = """{% extends "layout.html" %}
 <td><span class="badge" data-field="state" data-format="state"></span></td>
 <td>{{ meter(None, "KV", field="kv_used") }}</td>
 <td>{{ button_post("/v1/admin/workers/{key}/drain", "Drain", confirm="Drain {key}?",
-                   body={"why": "test"}, typed="yes, {key}") }}</td></tr></template>
+                   body={"why": "test", "note": "{=note}"}, typed="yes, {key}") }}
+<span data-key></span></td></tr></template>
 <tr data-live-row="gone"><td>gone</td><td></td><td></td><td></td></tr>
 {% endcall %}
 <p data-live-empty="workers">No workers.</p>

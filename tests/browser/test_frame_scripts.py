@@ -103,6 +103,18 @@ def test_names_in_addresses_are_encoded(fake, page):
     assert path == "/dashboard/workers/..%2Fx%3F%3Cb%3E'%22%26"
 
 
+def test_a_rows_values_in_a_button_are_sent_as_they_are(fake, page):
+    note = """{key}"}, {=worker} \\ <b>"""
+    fake.send("delta", {"workers": {"w2": figures("another name", note=note)}})
+    found = row(page, "another name")
+    expect(found.locator("[data-key]")).to_have_text("w2")
+    found.get_by_role("button", name="Drain").click()
+    page.get_by_role("dialog").get_by_role("textbox").fill("yes, w2")
+    page.get_by_role("dialog").get_by_role("button", name="Drain").click()
+    expect(page.get_by_text("Drain: done.")).to_be_visible()
+    assert fake.posts[-1][2] == {"why": "test", "note": note}
+
+
 def test_every_figure_reads_the_same_from_server_and_script(page):
     values = [0, 0.04, 0.5, 3.14159, 12, 59.94, 61, 99.4, 100, 1234.5, 3661, 90_061, 5e6, 3 << 30]
     rules = {
@@ -170,7 +182,7 @@ def test_a_button_asks_for_the_word_sends_the_token_and_reads_the_part_again(fak
     dialog.get_by_role("textbox").fill("yes, w1")
     yes.click()
     expect(page.locator("#toasts")).to_contain_text("Drain: done.")
-    assert fake.posts == [("admin/workers/w1/drain", CSRF_TOKEN, {"why": "test"})]
+    assert fake.posts == [("admin/workers/w1/drain", CSRF_TOKEN, {"why": "test", "note": ""})]
     expect(page.locator("#drawn")).not_to_have_text(drawn)
     expect(row(page, "w1").locator(".badge")).to_have_text("ready")  # filled again at once
 

@@ -9,7 +9,6 @@ from playwright.sync_api import Page, expect
 
 from headrace.contract.roles import Role
 from headrace.tests.browser.stage import Stage
-from headrace.tests.fleet.fleet_parts import wait_for
 
 SCRIPTS = (
     "<script>alert(1)</script>",
@@ -87,19 +86,17 @@ def test_the_names_of_a_model_and_a_tenant_that_queue(page, stage: Stage):
         "insert into models (name, card) select %s, card || jsonb_build_object('name', %s::text)"
         " from models limit 1", name, name,
     )  # fmt: skip
+    page.goto("/dashboard/queues")
+    expect(page.locator("#feed")).to_have_text("live")
     job = stage.fleet.submit(model=name, prompt="p", sampling={"max_tokens": 1})
-    for path in ("/dashboard", "/dashboard/queues", "/dashboard/playground"):
+    row = page.locator("tr[data-live-row]").filter(has_text=name)  # the feed brings it
+    row.get_by_role("button", name="Pause").click()
+    page.get_by_role("dialog").get_by_role("button", name="Pause").click()
+    expect(row.locator(".badge")).to_have_text("paused")
+    for path in ("/dashboard", "/dashboard/playground", "/dashboard/queues"):
         page.goto(path)
         expect(page.locator("main")).to_contain_text(name)
         check_inert(page)
-    row = page.locator("tr[data-live-row]").filter(has_text=name)
-
-    def is_listed() -> bool:
-        """A queue that came after the page has no buttons until the page is loaded again."""
-        page.goto("/dashboard/queues")
-        return row.get_by_role("button", name="Purge").count() == 1
-
-    wait_for(is_listed, "the queue is listed", stage.fleet)
     row.get_by_role("button", name="Purge").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_role("textbox").fill(name)

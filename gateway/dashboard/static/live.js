@@ -8,7 +8,8 @@
 //   <b data-live="overview.tokens_per_s" data-format="rate">   a path; names in it may hold dots
 //   <tbody data-live-rows="workers"><template>...              one row a key of that section:
 //     <tr data-live-row="KEY"><td data-field="kv_used" data-format="percent">   a path inside the row
-//     in the template KEY is empty, and {key} in its attributes becomes the key
+//     in the template KEY is empty; in its attributes {key} becomes the key, {=NAME} the row's value,
+//     and an element with data-key says the key
 //   <div data-live-list="overview.alarms"><template>...        one child an item of that list
 //   <p data-live-empty="workers">                              shown while there is none
 //   <time data-ago datetime="...">                             counted on every second
@@ -139,14 +140,21 @@
     }
   };
 
-  // Copy the template's element; {key} in an address is encoded, elsewhere it is text.
-  const copyOf = (template, key) => {
+  // Copy the template's element and put the row's key and values into its attributes, each once: in
+  // an address they are encoded, in data-body they are parts of JSON texts, elsewhere they are text.
+  const ADDRESSES = ["href", "action", "data-post", "data-go"];
+  const written = (attribute, value) => {
+    if (ADDRESSES.includes(attribute)) return encodeURIComponent(value);
+    return attribute === "data-body" ? JSON.stringify(value).slice(1, -1) : value;
+  };
+  const copyOf = (template, key, item) => {
     const root = template.content.firstElementChild.cloneNode(true);
     for (const element of [root, ...root.querySelectorAll("*")]) {
+      if (element.dataset.key !== undefined) element.textContent = key;
       for (const { name, value } of [...element.attributes]) {
-        if (!value.includes("{key}")) continue;
-        const isAddress = ["href", "action", "data-post", "data-go"].includes(name);
-        element.setAttribute(name, value.replaceAll("{key}", isAddress ? encodeURIComponent(key) : key));
+        const filled = value.replace(/\{(?:key|=(\w+))\}/g, (_, field) =>
+          written(name, String(field ? item[field] ?? "" : key)));
+        if (filled !== value) element.setAttribute(name, filled);
       }
     }
     return root;
@@ -172,7 +180,7 @@
     for (const key of keys) {
       let row = rows.get(key);
       if (!row && template) {
-        row = copyOf(template, key);
+        row = copyOf(template, key, section[key]);
         row.dataset.liveRow = key;
         known.set(row, 0);
         if (last) last.after(row);
@@ -191,7 +199,7 @@
     place.dataset.shown = text;
     for (const old of [...place.children]) if (old !== template) old.remove();
     for (const item of items) {
-      const child = copyOf(template, "");
+      const child = copyOf(template, "", item);
       fill(child, item);
       if (item.severity) child.dataset.severity = item.severity;
       place.append(child);
