@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from headrace.tests.fleet.fleet_parts import PATIENCE_S, Event, Fleet, check_stream, wait_for
-from headrace.worker.engine.runner import stub_token
+from headrace.worker.engine.stub import stub_token
 
 VOCAB = 49152
 WORKERS = ("a", "b")
