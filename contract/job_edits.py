@@ -7,9 +7,11 @@ Invariants:
 3. A job ends once, so "retry" makes a new job of the same tenant, key and input, with `made_from`
    and an outbox row; its deadline, if it had one, is as far from now as the first was.
 4. Rows that another transaction holds are not waited for: they come back as not done. Two
-   transactions that lock many rows in different orders would stop each other.
+   transactions that lock many rows in different orders would stop each other. Dead letters are
+   waited for, locked in the order of their ids.
+5. However a job was made anew, its dead letter, if it has one, says so in the same transaction.
 
-Called by: gateway/dashboard/jobs.
+Called by: gateway/dashboard/jobs; make_anew by dead_letters and replays.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
+    Connection,
     Engine,
     RowMapping,
     Text,
     and_,
+    bindparam,
     case,
     column,
     func,
@@ -35,7 +39,7 @@ from sqlalchemy import (
 from headrace.contract.database import database_errors
 from headrace.contract.ids import new_id
 from headrace.contract.labels import labeling
-from headrace.contract.records import jobs, outbox
+from headrace.contract.records import dead_letters, jobs, outbox
 from headrace.contract.wire import FinishReason, JobStatus
 
 #: Jobs of one transaction: short enough that nobody waits for its locks.
@@ -84,30 +88,8 @@ class JobEdits:
 
     def retry(self, job_ids: Sequence[str]) -> list[tuple[str, str]]:
         """Make a new job of each that ended without success; return pairs (old id, new id)."""
-        pairs = [(job_id, new_id("job")) for job_id in job_ids]
-        if not pairs:
-            return []
-        named = values(column("old", Text), column("new", Text), name="pairs").data(pairs)
-        taken: dict[str, Any] = {name: jobs.c[name] for name in _COPIED}
-        taken |= {
-            "id": named.c.new,
-            "made_from": jobs.c.id,
-            "status": literal(JobStatus.QUEUED.value),
-            "deadline_at": func.now() + (jobs.c.deadline_at - jobs.c.created_at),
-        }
-        old = (
-            select(*(value.label(name) for name, value in taken.items()))
-            .join(named, jobs.c.id == named.c.old)
-            .where(jobs.c.status.in_(RETRYABLE))
-        )
         with database_errors("retry jobs"), self._engine.begin() as db:
-            made = db.execute(
-                insert(jobs).from_select(list(taken), old).returning(jobs.c.made_from, jobs.c.id)
-            ).all()
-            if made:
-                db.execute(insert(outbox), [{"job_id": row.id} for row in made])
-                db.execute(labeling(jobs, jobs.c.id.in_([row.id for row in made])))
-        return [(row.made_from, row.id) for row in made]
+            return make_anew(db, job_ids)
 
     def set_priority(self, job_ids: Sequence[str], priority: str) -> Sequence[RowMapping]:
         """Give the jobs that are queued another priority; return their rows."""
@@ -129,3 +111,48 @@ class JobEdits:
             .cte("locked")
         )
         return select(locked.c.id)
+
+
+def make_anew(db: Connection, job_ids: Sequence[str]) -> list[tuple[str, str]]:
+    """Retry in the caller's transaction; return pairs (old id, new id)."""
+    pairs = [(job_id, new_id("job")) for job_id in job_ids]
+    if not pairs:
+        return []
+    named = values(column("old", Text), column("new", Text), name="pairs").data(pairs)
+    taken: dict[str, Any] = {name: jobs.c[name] for name in _COPIED}
+    taken |= {
+        "id": named.c.new,
+        "made_from": jobs.c.id,
+        "status": literal(JobStatus.QUEUED.value),
+        "deadline_at": func.now() + (jobs.c.deadline_at - jobs.c.created_at),
+    }
+    old = (
+        select(*(value.label(name) for name, value in taken.items()))
+        .join(named, jobs.c.id == named.c.old)
+        .where(jobs.c.status.in_(RETRYABLE))
+    )
+    made = db.execute(
+        insert(jobs).from_select(list(taken), old).returning(jobs.c.made_from, jobs.c.id)
+    ).all()
+    if not made:
+        return []
+    db.execute(insert(outbox), [{"job_id": row.id} for row in made])
+    db.execute(labeling(jobs, jobs.c.id.in_([row.id for row in made])))
+    done = [(row.made_from, row.id) for row in made]
+    _mark_replayed(db, done)
+    return done
+
+
+def _mark_replayed(db: Connection, made: Sequence[tuple[str, str]]) -> None:
+    """Write into the dead letters of these jobs what they were made anew as."""
+    letters = dead_letters.c
+    locked = select(letters.job_id).where(letters.job_id.in_([old for old, _ in made]))
+    found = set(db.execute(locked.order_by(letters.job_id).with_for_update()).scalars())
+    told = [{"of_job": old, "new_job": new} for old, new in made if old in found]
+    if told:
+        db.execute(
+            update(dead_letters)
+            .where(letters.job_id == bindparam("of_job"))
+            .values(replayed_at=func.now(), replayed_as=bindparam("new_job")),
+            told,
+        )

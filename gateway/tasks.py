@@ -19,23 +19,26 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery import Celery
 from celery.signals import celeryd_init, setup_logging, worker_ready, worker_shutdown
 
 from headrace.contract import database, keys, log, redis_client
 from headrace.contract.accounts import Accounts
+from headrace.contract.dead_letters import DeadLetters
 from headrace.contract.errors import ConfigurationError, Unavailable
 from headrace.contract.ledger import Ledger
 from headrace.contract.live import Live
 from headrace.contract.operators import Operators
 from headrace.contract.orders import WorkerOrders
 from headrace.contract.pauses import Pauses
+from headrace.contract.replays import Replays
 from headrace.contract.settings import TasksSettings
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import TokenLog
 from headrace.gateway.dashboard.sampler import Sampler
+from headrace.gateway.replays import ReplayRunner
 from headrace.gateway.upkeep import Upkeep
 
 if TYPE_CHECKING:  # imported once its folder is named: see _serve_metrics
@@ -43,6 +46,8 @@ if TYPE_CHECKING:  # imported once its folder is named: see _serve_metrics
 
 #: Seconds between samples of the fleet.
 SAMPLE_EVERY_S = 5.0
+#: Seconds between steps of the replays of dead letters.
+REPLAY_EVERY_S = 1.0
 #: Seconds between runs of the retention task.
 RETAIN_EVERY_S = 3600.0
 #: Part of the time a task may take; the sweep walks all open jobs, so with a large backlog it comes
@@ -53,19 +58,20 @@ VISIBILITY_S = 600
 
 
 def create_celery(read_settings: Callable[[], TasksSettings]) -> Celery:
-    """Build the application: five tasks and their schedule."""
+    """Build the application: six tasks and their schedule."""
     settings_once, app = cache(read_settings), Celery("headrace", set_as_current=False)
     parts = cache(lambda: make_parts(settings_once()))
     metrics = cache(lambda: _make_metrics(settings_once()))
-    runs: dict[str, Callable[[Upkeep, Sampler], object]] = {
-        "relay": lambda upkeep, sampler: upkeep.relay(meanwhile=sampler.sample),
-        "expire": lambda upkeep, _: upkeep.expire(),
-        "sweep": lambda upkeep, sampler: upkeep.sweep(meanwhile=sampler.sample),
-        "retain": lambda upkeep, _: upkeep.retain(),
-        "sample": lambda _, sampler: sampler.sample(),
+    runs: dict[str, Callable[[Parts], object]] = {
+        "relay": lambda of: of.upkeep.relay(meanwhile=of.sampler.sample),
+        "expire": lambda of: of.upkeep.expire(),
+        "sweep": lambda of: of.upkeep.sweep(meanwhile=of.sampler.sample),
+        "retain": lambda of: of.upkeep.retain(),
+        "sample": lambda of: of.sampler.sample(),
+        "replay": lambda of: of.replays.run(),
     }
     for name, run in runs.items():
-        task = _guarded(name, lambda run=run: run(*parts()), metrics)
+        task = _guarded(name, lambda run=run: run(parts()), metrics)
         app.task(task, name=f"headrace.{name}", shared=False)
     app.add_defaults(lambda: configuration(settings_once()))
     _serve_metrics(settings_once, metrics)
@@ -80,6 +86,7 @@ def configuration(settings: TasksSettings) -> dict[str, Any]:
         "sweep": settings.sweep_every_s,
         "retain": RETAIN_EVERY_S,
         "sample": SAMPLE_EVERY_S,
+        "replay": REPLAY_EVERY_S,
     }
     return {
         "broker_url": settings.redis_url.get_secret_value(),
@@ -88,6 +95,8 @@ def configuration(settings: TasksSettings) -> dict[str, Any]:
             "visibility_timeout": VISIBILITY_S,
         },
         "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # for ever: there is nothing else to do
+        "broker_channel_error_retry": True,  # a Redis that is full or read-only is away, no more
         "accept_content": ["json"],
         "task_serializer": "json",
         "task_ignore_result": True,
@@ -108,8 +117,16 @@ def configuration(settings: TasksSettings) -> dict[str, Any]:
     }
 
 
-def make_parts(settings: TasksSettings) -> tuple[Upkeep, Sampler]:
-    """Connect upkeep and sampler to the stores (lazily: nothing is opened yet)."""
+class Parts(NamedTuple):
+    """What the tasks are done by."""
+
+    upkeep: Upkeep
+    sampler: Sampler
+    replays: ReplayRunner
+
+
+def make_parts(settings: TasksSettings) -> Parts:
+    """Connect the parts to the stores (lazily: nothing is opened yet)."""
     client = redis_client.connect(settings.redis_url.get_secret_value())
     engine = database.connect(settings.database_url.get_secret_value(), pool_size=2)
     live, streams, workers = Live(client), JobStreams(client), Workers(client)
@@ -131,10 +148,11 @@ def make_parts(settings: TasksSettings) -> tuple[Upkeep, Sampler]:
         live=live,
         pauses=pauses,
         orders=WorkerOrders(engine),
+        letters=DeadLetters(engine),
         every_s=SAMPLE_EVERY_S,
         oldest_target_s=settings.oldest_job_target_s,
     )
-    return upkeep, sampler
+    return Parts(upkeep, sampler, ReplayRunner(Replays(engine)))
 
 
 def _guarded(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from headrace.gateway.dashboard import (
     audit,
+    dead_letter_pages,
+    dead_letters,
     frame,
     job_pages,
     jobs,
@@ -43,4 +45,6 @@ def operations(services: Services) -> list[Operation]:
         *workers.page_operations(services),
         *jobs.operations(services),
         *job_pages.page_operations(services),
+        *dead_letters.operations(services),
+        *dead_letter_pages.page_operations(services),
     ]

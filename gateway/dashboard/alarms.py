@@ -4,13 +4,14 @@
     no_worker            page      a model has jobs that may run, and no worker takes any
     steps_stopped        page      an engine has work and made no step for half of its timeout
     failures_growing     page      of the jobs ended in 5 min over 5 % failed, at least 5
+    dead_letters_growing page      3 jobs or more of a model were dead-lettered in 5 min
     oldest_job           page      a job waits for longer than the target (its queue is not paused)
     redis_away           page      a gateway cannot reach Redis: jobs are accepted and wait
     postgres_away        page      a gateway cannot reach Postgres: nothing is accepted
     tasks_silent         page      there is no new sample: the tasks process is down or stuck
     worker_quarantined   warn      a worker that runs is set aside for over an hour
 
-The first four and the last are found by the sampler, with each sample; the others by each gateway,
+The first five and the last are found by the sampler, with each sample; the others by each gateway,
 because they are about the sampler's own ways.
 
 Invariants:
@@ -34,6 +35,8 @@ from headrace.contract.wire import WorkerBeat
 STEP_SHARE = 0.5
 #: Share of ended jobs that may fail, and how many must have failed to speak of it.
 FAILED_SHARE, NUM_FAILED = 0.05, 5
+#: Dead letters of a model in the same time: each cost up to three engines.
+NUM_DEAD = 3
 #: How long a worker may be set aside before somebody is reminded.
 QUARANTINE = timedelta(hours=1)
 #: Seconds without a sample: four ticks.
@@ -60,6 +63,7 @@ class Facts:
     models: Mapping[str, ModelFacts]
     beats: Sequence[WorkerBeat]
     quarantined: Mapping[str, datetime] = field(default_factory=dict[str, datetime])
+    num_dead: Mapping[str, int] = field(default_factory=dict[str, int])  # by model, in 5 min
 
 
 def fleet_alarms(facts: Facts, before: Iterable[Alarm]) -> list[Alarm]:
@@ -68,6 +72,7 @@ def fleet_alarms(facts: Facts, before: Iterable[Alarm]) -> list[Alarm]:
     found: list[Alarm | None] = []
     for name, model in sorted(facts.models.items()):
         found += _of(name, model, facts)
+    found += [_dying(name, num, facts.at) for name, num in sorted(facts.num_dead.items())]
     found += [_stopped(beat, facts.at) for beat in facts.beats]
     found += [_quarantined(name, at, facts.at) for name, at in sorted(facts.quarantined.items())]
     return [_keeping(alarm, since) for alarm in found if alarm is not None]
@@ -131,6 +136,16 @@ def _stopped(beat: WorkerBeat, at: datetime) -> Alarm | None:
         "look at its log and GPU, restart it"
     )
     return _page("steps_stopped", text, at, model=beat.model, subject=beat.worker)
+
+
+def _dying(model: str, num_dead: int, at: datetime) -> Alarm | None:
+    if num_dead < NUM_DEAD:
+        return None
+    text = (
+        f"{num_dead} jobs for model {model} killed their engines and were dead-lettered in 5 min: "
+        "look at the dead letters by signature, stop who sends them or repair the engine"
+    )
+    return _page("dead_letters_growing", text, at, model=model)
 
 
 def _quarantined(worker: str, ordered_at: datetime, at: datetime) -> Alarm | None:

@@ -41,6 +41,7 @@ NAV: Sequence[tuple[str, str, Role]] = (
     ("/dashboard/workers", "Workers", Role.VIEWER),
     ("/dashboard/queues", "Queues", Role.VIEWER),
     ("/dashboard/jobs", "Jobs", Role.VIEWER),
+    ("/dashboard/dead-letters", "Dead letters", Role.VIEWER),
     ("/dashboard/playground", "Playground", Role.OPERATOR),
     ("/dashboard/keys", "Keys", Role.ADMIN),
     ("/dashboard/operators", "Operators", Role.ADMIN),

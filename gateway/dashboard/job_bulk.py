@@ -8,7 +8,7 @@ Invariants:
 4. Only jobs that the action can be done to are matched; a retry also leaves out those that another
    job was made from, so a run that stopped can be started again.
 
-Called by: gateway/dashboard/jobs.
+Called by: gateway/dashboard/jobs; check_expected by dead_letters.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class JobBulk:
         job_ids = self._matching(asked)
         if asked.dry_run:
             return _result(len(job_ids), 0, 0, None)
-        _check_expected(asked.expect, len(job_ids))
+        check_expected(asked.expect, len(job_ids))
         act = self._act(asked)
         num_done, left, stopped = 0, list[str](), None
         try:
@@ -117,7 +117,8 @@ class JobBulk:
         }
 
 
-def _check_expected(expect: int | None, found: int) -> None:
+def check_expected(expect: int | None, found: int) -> None:
+    """Raise unless so many were found as a dry run had counted."""
     if expect is None:
         raise MissingField("expect is required; it was not sent: send what a dry run counted")
     if abs(found - expect) > expect * TOLERANCE:

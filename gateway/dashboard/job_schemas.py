@@ -151,6 +151,7 @@ class Attempt(_Answer):
     last_token_ms: int | None
     resumed_at: int | None
     num_tokens: int | None
+    signature: str | None = Field(description="What its engine died of.")
 
 
 class Span(_Answer):
@@ -161,6 +162,14 @@ class Span(_Answer):
     duration_ms: float
 
 
+class LetterOfJob(_Answer):
+    signature: str
+    num_runs: int
+    created_at: datetime
+    replayed_at: datetime | None
+    replayed_as: str | None
+
+
 class AdminJob(Job):
     """A job with all that is known of it."""
 
@@ -168,6 +177,7 @@ class AdminJob(Job):
     worker: str | None
     made_from: str | None
     retried_as: list[str] = Field(description="Jobs that were made from it.")
+    dead_letter: LetterOfJob | None = Field(description="Of a job that ended as poison.")
     cancel_requested_at: datetime | None
     attempts: list[Attempt]
     timeline: list[Span] = Field(description="Where the time went; adds up to the job's.")

@@ -6,7 +6,7 @@ Invariants:
 2. A job ends once: retry and clone make new jobs, with `made_from`.
 3. A new priority is committed in the row first, then its entry moves; either may be repeated.
 
-Called by: gateway/dashboard/admin_routes (operations), job_pages (the methods of Jobs).
+Called by: gateway/dashboard/admin_routes (operations), job_pages and dead_letters (Jobs).
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from sqlalchemy import RowMapping
 
 from headrace.contract import log
 from headrace.contract.accounts import Principal
+from headrace.contract.dead_letters import DeadLetters
 from headrace.contract.errors import (
     JobAlreadyEnded,
     JobNotQueued,
     JobNotRetryable,
     NotFound,
+    Poison,
 )
 from headrace.contract.ids import is_job_id
 from headrace.contract.ledger import Cancel
@@ -55,7 +57,7 @@ from headrace.gateway.services import Services
 from headrace.gateway.sse import EventRoutes
 
 _ATTEMPT = ("worker", "started_at", "ended_at", "outcome", "admitted_ms", "first_token_ms",
-            "last_token_ms", "resumed_at", "num_tokens")  # fmt: skip
+            "last_token_ms", "resumed_at", "num_tokens", "signature")  # fmt: skip
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
@@ -80,6 +82,7 @@ class Jobs:
         return _admin_json(row) | {
             "cancel_requested_at": row["cancel_requested_at"],
             "retried_as": services.search.made_of(job_id),
+            "dead_letter": self._dead_letter(row),
             "attempts": told,
             "timeline": timeline(row, attempts, now=datetime.now(UTC)),
         }
@@ -103,7 +106,7 @@ class Jobs:
                 "canceled or expired are made anew; clone it instead"
             )
         g.audit_details = {"made": made[0][1]}
-        return self._hand_over(find_any_job(self._services, made[0][1]))
+        return self.hand_over(find_any_job(self._services, made[0][1]))
 
     def clone(self, job_id: str, edits: dict[str, Any]) -> dict[str, Any]:
         services = self._services
@@ -116,7 +119,7 @@ class Jobs:
             values | {"made_from": job_id}, idempotency_key=None, request_sha256=b""
         )
         g.audit_details = {"made": values["id"], "edited": sorted(edits)}
-        return self._hand_over(find_any_job(services, accepted.job["id"]))
+        return self.hand_over(find_any_job(services, accepted.job["id"]))
 
     def set_priority(self, job_id: str, priority: str) -> dict[str, Any]:
         before = find_any_job(self._services, job_id)
@@ -134,8 +137,15 @@ class Jobs:
         log.event("job.moved", job=job_id, priority=priority)
         return self.detail(job_id)
 
-    def _hand_over(self, row: RowMapping) -> dict[str, Any]:
-        """Enqueue a job that was made here, as gateway/jobs does."""
+    def _dead_letter(self, row: RowMapping) -> dict[str, Any] | None:
+        if row["error_code"] != Poison.code:
+            return None  # as nearly all: nothing more is read
+        letter = DeadLetters(self._services.engine).letter(row["id"])
+        names = ("signature", "num_runs", "created_at", "replayed_at", "replayed_as")
+        return None if letter is None else {name: letter[name] for name in names}
+
+    def hand_over(self, row: RowMapping) -> dict[str, Any]:
+        """Enqueue a job that an operator made, as gateway/jobs does; return its detail."""
         self._services.metrics.jobs_accepted.labels(row["model"], row["job_class"]).inc()
         self._services.enqueuer.put(row)
         log.event("job.accepted", job=row["id"], model=row["model"], made_from=row["made_from"])

@@ -42,8 +42,10 @@ class Playground:
         services = self._services
         asked = validate(JobRequest, body)
         principal = services.accounts.own_key(tenant=TENANT, name=KEY)
-        row = new_row(asked, principal, services.cards, services.prompts)
-        accepted = services.ledger.accept_job(row, idempotency_key=None, request_sha256=b"")
+        with services.admission.place(asked, principal.tenant_id) as place:
+            row = new_row(asked, principal, services.cards, services.prompts)
+            accepted = services.ledger.accept_job(row, idempotency_key=None, request_sha256=b"")
+            place.is_accepted = True
         hand_over(services, accepted)
         return job_json(accepted.job)
 
@@ -94,7 +96,7 @@ def operations(services: Services) -> list[Operation]:
         Operation(
             "POST", "/v1/admin/playground", "run_playground", routes.run,
             "Accept a job of the tenant `operators`; follow it with /v1/admin/jobs/{id}/events.",
-            {202: answers.Job}, body=JobRequest, problems=(400, 413, 415, 422),
+            {202: answers.Job}, body=JobRequest, problems=(400, 413, 415, 422, 429),
             role=Role.OPERATOR, action="playground.run",
         )
     ]  # fmt: skip

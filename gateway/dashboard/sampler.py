@@ -7,13 +7,14 @@ level (depth, workers) is read. The sample is published in Redis once, and every
     jobs_in, jobs_out, failed, tokens  the scripts' counts           RATE_S
     ttft, itl, e2e quantiles        histograms in the beats          LATENCY_S
     share of failures (alarm)       the scripts' counts              FAILURES_S
+    dead letters (alarm)            their rows                       FAILURES_S
     queued, held, oldest            the lanes                        now
 
 Invariants:
 1. A restarted sampler goes on where the last one stopped: it keeps nothing that is not in Redis but
    what Postgres said last.
-2. Postgres being away changes what models, pauses and orders are believed, and stops nothing; with
-   Redis away there is no sample (QueueUnavailable), and the gateways raise the alarm.
+2. Postgres being away changes what models, pauses, orders and letters are believed, and stops
+   nothing; with Redis away there is no sample (QueueUnavailable), and the gateways raise the alarm.
 3. Two samplers make one sample a tick (live invariant 1).
 4. Counts that went back to zero (a new Redis, a new worker) count from there; no rate is negative.
 
@@ -28,6 +29,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from headrace.contract.accounts import Accounts
+from headrace.contract.dead_letters import DeadLetters
 from headrace.contract.errors import DatabaseUnavailable
 from headrace.contract.latency_bounds import KINDS, difference, p50_p99, total
 from headrace.contract.live import Live, Point, Sampled, Snapshot, Span, WorkerSnapshot
@@ -75,6 +77,7 @@ class Sampler:
         live: Live,
         pauses: Pauses,
         orders: WorkerOrders,
+        letters: DeadLetters,
         every_s: float,
         oldest_target_s: float,
     ) -> None:
@@ -84,11 +87,13 @@ class Sampler:
         self._live = live
         self._pauses = pauses
         self._orders = orders
+        self._letters = letters
         self._every_s = every_s
         self._oldest_target_s = oldest_target_s
         self._names: set[str] = set()
         self._paused: dict[str, set[str]] = {}
         self._quarantined: dict[str, datetime] = {}
+        self._num_dead: Mapping[str, int] = {}
 
     def sample(self) -> bool:
         """Take and publish one sample; False when another sampler has this turn."""
@@ -114,6 +119,7 @@ class Sampler:
                     for beat in beats
                     if beat.worker in self._quarantined
                 },
+                num_dead=self._num_dead,
             ),
             [] if before is None else before[0].alarms,
         )
@@ -135,6 +141,7 @@ class Sampler:
                 for worker, order in self._orders.all().items()
                 if order.wanted is Wanted.QUARANTINED and order.at is not None
             }
+            self._num_dead = self._letters.num_new(newer_than_s=FAILURES_S)
         except DatabaseUnavailable:
             return  # what it said last is believed
 

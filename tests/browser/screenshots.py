@@ -1,11 +1,13 @@
 """Take the pictures of docs/screenshots: every page in both themes, on a fleet that works.
 
-    PYTHONPATH=.imports python -m headrace.tests.browser.screenshots
+    PYTHONPATH=.imports python -m headrace.tests.browser.screenshots [NAME ...]
 
+Names, such as dead-letters, choose pages; without any it is all of them.
 Starts a fleet of its own (real small model, two stub workers), keeps it busy for LOAD_S so that the
 curves have something to show, takes the pictures and stops everything. About three minutes.
 """
 
+import sys
 import tempfile
 import threading
 import time
@@ -13,6 +15,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
+from headrace.contract import database
+from headrace.contract.dead_letters import LetterFilter
+from headrace.contract.replays import Replays
 from headrace.contract.roles import Role
 from headrace.fleet.programs import EMBEDDED_MODEL
 from headrace.fleet.smollm2 import ensure_model
@@ -23,10 +28,19 @@ from headrace.tests.browser.stage import STUB, STUB_WORKERS, Stage
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "screenshots"
 LOAD_S = 60.0
-MAX_BYTES = 150_000
+MAX_BYTES = 200_000
 MAX_HEIGHT = 1150
 #: Jobs' ids are noise to a picture's compression, so it shows a search that finds few.
-SHOWN = PAGES | {"jobs": "/dashboard/jobs?status=failed"}
+SHOWN = PAGES | {
+    "jobs": "/dashboard/jobs?status=failed",
+    "dead-letter-list": "/dashboard/dead-letters/letters?signature=stalled",
+}
+TRACE = """Traceback (most recent call last):
+  File "worker/engine/loop.py", line 210, in step
+    drawn = self._sampling.draw(logits, rows)
+  File "worker/engine/sampling.py", line 118, in draw
+    return tokens[rows[index]]
+IndexError: index 9 is out of bounds for dimension 0 with size 8"""
 QUESTIONS = ("What is a headrace?", "Name three rivers.", "Why is the sky blue?")
 
 
@@ -51,7 +65,7 @@ class Load(threading.Thread):
                 )
 
 
-def main() -> None:
+def main(names: set[str]) -> None:
     model = ensure_model(ROOT / ".data" / EMBEDDED_MODEL)
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder), model)
@@ -59,9 +73,10 @@ def main() -> None:
         try:
             stage.start()
             load.start()
-            job = _prepare(stage)
-            time.sleep(LOAD_S)  # the curves need a history: nothing to wait for
-            _take_all(stage, job)
+            job, letter = _prepare(stage)
+            if names & {"overview", "phone"}:
+                time.sleep(LOAD_S)  # the curves need a history: nothing to wait for
+            _take_all(stage, names, job, letter)
         finally:
             load.stopped.set()
             if load.is_alive():
@@ -69,18 +84,38 @@ def main() -> None:
             stage.stop()
 
 
-def _prepare(stage: Stage) -> str:
-    """Make what the pages show besides load; return the job whose page is taken."""
+def _prepare(stage: Stage) -> tuple[str, str]:
+    """Make what the pages show besides load; return job and letter whose pages are taken."""
     stage.fail("the sequence needs 9,120 tokens; this worker holds 8,192", metadata={"run": "3"})
     for number in range(3):
         stage.fail(f"device lost after {number + 2} steps")
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     job = stage.fleet.submit(messages=asked, sampling={"max_tokens": 120}, metadata={"user": "42"})
     stage.fleet.wait_status(job["id"], "succeeded")
-    return job["id"]
+    return job["id"], _bury_some(stage)
 
 
-def _take_all(stage: Stage, job: str) -> None:
+def _bury_some(stage: Stage) -> str:
+    """Make dead letters of some signatures, and replays of some; return one letter's job."""
+    signatures = (
+        "SIGSEGV paged_decode.py:launch",
+        "IndexError sampling.py:draw index # is out of bounds",
+        "stalled",
+    )
+    buried = [stage.bury(signatures[which], TRACE) for which in (0, 2, 0, 1, 0, 1, 2, 1, 1)]
+    engine = database.connect(stage.fleet.postgres.url)
+    for signature, num, rate_per_min in ((signatures[0], 3, 600), (signatures[1], 4, 1)):
+        Replays(engine).start(
+            LetterFilter(signature=signature),
+            rate_per_min=rate_per_min,
+            by=stage.names[Role.OPERATOR],
+            num_matched=num,
+        )
+    engine.dispose()
+    return buried[-1]
+
+
+def _take_all(stage: Stage, names: set[str], job: str, letter: str) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
@@ -92,16 +127,20 @@ def _take_all(stage: Stage, job: str) -> None:
                 page.goto("/dashboard/login")
                 set_theme(page, theme)
                 page.reload()
-                _take(page, f"login-{theme}")
+                if "login" in names:
+                    _take(page, f"login-{theme}")
                 log_in(page, stage, Role.ADMIN)
                 for name, path in SHOWN.items():
-                    page.goto(path.format(job=job))
+                    if name not in names:
+                        continue
+                    page.goto(path.format(job=job, letter=letter))
                     _show(page, name)
                     _take(page, f"{name}-{theme}")
-                page.set_viewport_size(PHONE)
-                page.goto("/dashboard")
-                expect(page.locator("#feed")).to_have_text("live")
-                _take(page, f"phone-{theme}")
+                if "phone" in names:
+                    page.set_viewport_size(PHONE)
+                    page.goto("/dashboard")
+                    expect(page.locator("#feed")).to_have_text("live")
+                    _take(page, f"phone-{theme}")
         browser.close()
 
 
@@ -131,4 +170,4 @@ def _take(page: Page, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(set(sys.argv[1:]) or {"login", "phone", *SHOWN})

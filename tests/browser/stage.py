@@ -14,6 +14,8 @@ import psycopg
 from psycopg.rows import dict_row
 
 from headrace.contract import database
+from headrace.contract.crashes import POISON_TEXT
+from headrace.contract.errors import Poison
 from headrace.contract.operators import Operators
 from headrace.contract.passwords import Passwords
 from headrace.contract.roles import Role
@@ -74,6 +76,24 @@ class Stage:
             " finish_reason = null where id = %s", text, job,
         )  # fmt: skip
         return job
+
+    def bury(self, signature: str, detail: str = "a trace", **more: object) -> str:
+        """Make a job that has a dead letter, as contract/crashes would; return its id."""
+        job = self.fail(POISON_TEXT, **more)
+        self.sql("update jobs set error_code = %s where id = %s", Poison.code, job)
+        self.sql(
+            "insert into dead_letters (job_id, tenant_id, model, signature, detail, num_runs)"
+            " select id, tenant_id, model, %s, %s, 3 from jobs where id = %s",
+            signature, detail, job,
+        )  # fmt: skip
+        return job
+
+    def made_of(self, job: str) -> list[str]:
+        """Return the jobs that were made from it."""
+        url = self.fleet.postgres.url.replace("+psycopg", "")
+        with psycopg.connect(url) as connection:
+            query = "select id from jobs where made_from = %s"
+            return [row[0] for row in connection.execute(query, (job,)).fetchall()]
 
     def row(self, job: str) -> dict[str, Any]:
         """Return the job's row with its tenant's name."""

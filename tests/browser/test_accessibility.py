@@ -31,14 +31,19 @@ def job(stage: Stage) -> str:
     return stage.fail("a text that says why", metadata={"user": "42"})
 
 
+@pytest.fixture(scope="module")
+def letter(stage: Stage) -> str:
+    return stage.bury("IndexError sampling.py:draw list index out of range", "a trace\n" * 30)
+
+
 @pytest.mark.parametrize("theme", THEMES)
-def test_every_page_and_all_it_unfolds(as_role, job, theme):
+def test_every_page_and_all_it_unfolds(as_role, job, letter, theme):
     page = as_role(Role.ADMIN).page
     page.goto("/dashboard")
     set_theme(page, theme)
     for path in PAGES.values():
         page.set_viewport_size(WIDE)
-        page.goto(path.format(job=job))
+        page.goto(path.format(job=job, letter=letter))
         expect(page.locator("#feed")).to_have_text("live")
         for summary in page.locator("main summary").all():
             summary.click()
@@ -58,10 +63,10 @@ def test_the_login_page(context, watch, stage: Stage, theme):
     check_no_sideways_scroll(page)
 
 
-def test_the_keyboard_reaches_everything_and_shows_where_it_is(as_role, job):
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(as_role, job, letter):
     page = as_role(Role.ADMIN).page
     for path in PAGES.values():
-        page.goto(path.format(job=job))
+        page.goto(path.format(job=job, letter=letter))
         expect(page.locator("#feed")).to_have_text("live")
         walked = walk(page)
         wanted = page.locator("main :is(a[href], button, input, select, textarea):visible").count()

@@ -53,6 +53,25 @@ def test_prompt_metadata_and_error_of_a_job(page, stage: Stage):
     check_inert(page)
 
 
+def test_the_signature_and_detail_of_a_dead_letter(page, stage: Stage):
+    job = stage.bury(HOSTILE[:200], HOSTILE)
+    page.goto("/dashboard/dead-letters")
+    expect(page.locator(".group-row").first).to_contain_text("<script>alert(1)</script>")
+    check_inert(page)
+    page.locator(".group-row").filter(has_text=SCRIPTS[0]).get_by_role("link").first.click()
+    expect(page.locator(".letter-row").first).to_contain_text(HOSTILE)
+    page.locator("summary", has_text="Replay many").click()
+    page.get_by_role("button", name="Count").click()
+    expect(page.get_by_text("1 letter to replay.")).to_be_visible()
+    check_inert(page)
+    page.goto(f"/dashboard/dead-letters/{job}")
+    expect(page.locator("main pre")).to_have_text(HOSTILE)
+    check_inert(page)
+    page.goto(f"/dashboard/jobs/{job}")
+    expect(page.locator("#dead-letter")).to_contain_text(SCRIPTS[0])
+    check_inert(page)
+
+
 def test_a_filter_in_the_address(page):
     page.goto("/dashboard/jobs")
     page.get_by_label("Tenant").fill(HOSTILE)

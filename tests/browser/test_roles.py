@@ -20,15 +20,15 @@ FORGED = """async ([method, url, body]) => {
 
 def test_a_viewer_sees_every_page_of_his_without_a_button_that_acts(as_role, stage: Stage):
     visit = as_role(Role.VIEWER)
-    job = stage.submit(1)
+    job, letter = stage.submit(1), stage.bury("a signature")
     for name, path in PAGES.items():
         if name in (*FOR_OPERATORS, *FOR_ADMINS, *FOR_ONESELF):
             continue
-        visit.page.goto(path.format(job=job))
+        visit.page.goto(path.format(job=job, letter=letter))
         expect(visit.page.locator("h1")).to_be_visible()
-        assert visit.page.locator("[data-post], form[data-json], #bulk").count() == 0, name
+        assert visit.page.locator("[data-post], form[data-json], #bulk, #replay").count() == 0, name
     labels = visit.page.get_by_role("navigation").get_by_role("link").all_inner_texts()
-    assert labels == ["Overview", "Workers", "Queues", "Jobs"]
+    assert labels == ["Overview", "Workers", "Queues", "Jobs", "Dead letters"]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,8 @@ def test_a_page_above_the_role_is_refused_as_a_page(as_role, role, names):
         ("POST", "/v1/admin/playground", {"model": "stub", "prompt": "x"}),
         ("POST", "/v1/admin/jobs/{job}/cancel", {}),
         ("POST", "/v1/admin/queues/pause", {"model": "stub"}),
+        ("POST", "/v1/admin/dead-letters/{job}/replay", {}),
+        ("POST", "/v1/admin/replays", {"all": True, "rate_per_min": 1, "dry_run": True}),
         ("POST", "/v1/admin/keys", {"name": "x", "tenant": "x"}),
         ("GET", "/v1/admin/audit", None),
     ],

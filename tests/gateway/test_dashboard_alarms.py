@@ -48,13 +48,14 @@ def beat(**changes):
     return WorkerBeat(**(fields | changes))
 
 
-def alarms_of(*, model=CALM, beats=(), quarantined=None, at=AT, before=()):
+def alarms_of(*, model=CALM, beats=(), quarantined=None, num_dead=None, at=AT, before=()):
     facts = Facts(
         at=at,
         oldest_target_s=60.0,
         models={"m": model},
         beats=beats,
         quarantined=quarantined or {},
+        num_dead=num_dead or {},
     )
     return fleet_alarms(facts, before)
 
@@ -97,6 +98,14 @@ def test_an_engine_that_stands_is_told_at_half_of_its_timeout():
     assert (alarm.code, alarm.model, alarm.subject) == ("steps_stopped", "m", "w1")
     assert "w1" in alarm.text
     assert codes(beats=[beat(step_age_ms=15_001, step_timeout_ms=60_000)]) == []
+
+
+def test_three_dead_letters_of_a_model_are_told_and_two_are_not():
+    assert codes(num_dead={"m": 2, "n": 2}) == []
+    (alarm,) = alarms_of(num_dead={"m": 2, "gone": 3})
+    assert (alarm.code, alarm.model) == ("dead_letters_growing", "gone")
+    assert alarm.severity is Severity.PAGE
+    assert "3 jobs" in alarm.text
 
 
 def test_a_quarantine_of_over_an_hour_is_a_warning():

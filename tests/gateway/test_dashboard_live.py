@@ -10,6 +10,7 @@ import uuid
 import pytest
 
 from headrace.contract.accounts import Accounts
+from headrace.contract.dead_letters import DeadLetters
 from headrace.contract.live import Live
 from headrace.contract.orders import WorkerOrders
 from headrace.contract.pauses import Pauses
@@ -54,6 +55,7 @@ def sampler(services):
         live=services.live,
         pauses=Pauses(services.engine, Live(services.redis)),
         orders=WorkerOrders(services.engine),
+        letters=DeadLetters(services.engine),
         every_s=0.001,
         oldest_target_s=60,
     )

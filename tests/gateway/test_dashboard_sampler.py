@@ -11,13 +11,17 @@ import pytest
 
 from headrace.contract import database, keys, latency_bounds, redis_client, wire
 from headrace.contract.accounts import Accounts
+from headrace.contract.dead_letters import DeadLetters
 from headrace.contract.errors import QueueUnavailable
+from headrace.contract.ids import new_id
+from headrace.contract.ledger import Ledger
 from headrace.contract.live import Live, Snapshot, Span, WorkerSnapshot
 from headrace.contract.orders import Wanted, WorkerOrders
 from headrace.contract.pauses import Pauses
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import TokenLog
 from headrace.gateway.dashboard.sampler import Sampler, latencies_between, minute_before
+from headrace.tests.contract.burial import bury
 from headrace.tests.gateway.conftest import card
 from headrace.tests.gateway.courier import MODEL, chunk_of
 from headrace.tests.gateway.test_dashboard_alarms import beat as beat_of
@@ -44,6 +48,7 @@ class Parts:
             live=live,
             pauses=Pauses(engine, live),
             orders=WorkerOrders(engine),
+            letters=DeadLetters(engine),
             every_s=5,
             oldest_target_s=oldest_target_s,
         )
@@ -307,6 +312,28 @@ def test_a_quarantined_worker_that_runs_is_remembered_after_an_hour(parts):
 
 
 # -- history ---------------------------------------------------------------------------------
+
+
+def test_dead_letters_of_five_minutes_raise_the_alarm(parts):
+    engine = parts.engine
+    key = Accounts(engine).create_key(tenant=new_id("dead"), name="k")
+    row = {
+        "tenant_id": key.tenant_id,
+        "key_id": key.id,
+        "model": "retired",  # no worker tells of it any more: its letters count all the same
+        "job_class": "interactive",
+        "priority": "normal",
+        "input": {"prompt": "x"},
+        "sampling": {"max_tokens": 8},
+        "meta": {},
+        "cost_tokens": 9,
+    }
+    for number in range(3):
+        job = new_id("job")
+        Ledger(engine).accept_job(row | {"id": job}, idempotency_key=None, request_sha256=b"")
+        bury(engine, job)
+        parts.take()
+        assert ("dead_letters_growing" in parts.alarms()) == (number == 2)
 
 
 def test_a_minute_keeps_means_of_rates_and_the_most_of_ages():

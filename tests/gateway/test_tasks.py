@@ -20,7 +20,7 @@ ENVIRON = {
 }
 NAMES = {
     *("headrace.relay", "headrace.expire", "headrace.sweep", "headrace.retain"),
-    "headrace.sample",
+    *("headrace.sample", "headrace.replay"),
 }
 
 

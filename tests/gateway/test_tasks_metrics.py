@@ -108,6 +108,21 @@ def test_queues_are_shown_by_model_and_class_and_an_empty_one_is_zero(view):
     assert 0 < at(found, "headrace_outbox_oldest_seconds") < PATIENCE_S
 
 
+def test_suspects_that_wait_are_shown_by_model(view):
+    new = view.accounts.create_key(tenant="t", name="n")
+    accept(view, (new.tenant_id, new.id), "batch")
+    assert at(shown(view), "headrace_suspects", model=MODEL) == 0
+    (given,) = view.streams.claim(
+        MODEL, "w", lease_ms=60_000, room_tokens=10, max_jobs=1, is_idle=True
+    ).claims
+    view.streams.hand_back(MODEL, given.job, 1, suspect=1)
+    found = shown(view)
+    assert at(found, "headrace_suspects", model=MODEL) == 1
+    assert at(found, "headrace_queue_jobs", model=MODEL, job_class="batch") == 1
+    view.streams.claim(MODEL, "w", lease_ms=60_000, room_tokens=10, max_jobs=1, is_idle=True)
+    assert at(shown(view), "headrace_suspects", model=MODEL) == 0, "it runs"
+
+
 def test_a_model_without_a_worker_is_shown_with_none_ready(view):
     found = shown(view)
     assert at(found, "headrace_workers", model=MODEL, state="ready") == 0
