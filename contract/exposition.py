@@ -4,22 +4,33 @@ Invariants:
 1. Labels that are the same on all series of a process (its model, its name) are put on when it is
    asked, not when something is counted.
 2. A process that is gone, or may not be looked at, is left out; being asked never fails for it.
-3. `serve` shows metrics and nothing else, from a thread of its own.
+3. `serve` shows metrics, and the checks it was given, from a thread of its own; where there are
+   checks, other paths are 404.
 
 Called by: gateway/metrics, gateway/tasks_metrics, worker/metrics.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
+import socket
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from socketserver import ThreadingMixIn
+from typing import Any, cast
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Metric, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Metric,
+    make_wsgi_app,  # pyright: ignore[reportUnknownVariableType]
+)
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -118,13 +129,57 @@ class Gaps(Collector):
         yield HistogramMetricFamily(self._name, self._text, buckets, self._sum)
 
 
-def serve(bind: str, registry: CollectorRegistry) -> None:
+#: Answers a check by path and query: status and JSON; None: it is no check.
+Checks = Callable[[str, str], "tuple[int, dict[str, Any]] | None"]
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True  # a slow reader holds up neither the others nor the end
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Silent(WSGIRequestHandler):
+    timeout = 10.0  # seconds a connection may take for its request
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: Prometheus asks every few seconds."""
+
+
+def serve(bind: str, registry: CollectorRegistry, checks: Checks | None = None) -> None:
     """Serve a registry at `host:port` until the process ends; ConfigurationError if it cannot."""
     host, _, port = bind.rpartition(":")
+    kind = _Server6 if host.startswith("[") else _Server
+    app = cast("Any", make_wsgi_app(registry))
+    if checks is not None:
+        app = _with_checks(app, checks)
     try:
-        start_http_server(int(port), addr=host.strip("[]"), registry=registry)
+        server = make_server(host.strip("[]"), int(port), app, kind, _Silent)
     except OSError as error:
         raise ConfigurationError(
             f"HEADRACE_METRICS_BIND is {bind}; nothing can listen there ({error.strerror}): name a "
             "free port of this host, or leave it empty"
         ) from error
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+def _with_checks(metrics: Any, checks: Checks) -> Any:
+    """Return the WSGI app of metrics and checks."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path in ("/", "/metrics"):
+            return metrics(environ, start_response)
+        answer = checks(path, environ.get("QUERY_STRING", ""))
+        status, body = answer or (
+            404,
+            {"status": "not found", "paths": "/metrics /healthz /readyz"},
+        )
+        reason = {200: "OK", 404: "Not Found"}.get(status, "Service Unavailable")
+        headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
+        start_response(f"{status} {reason}", headers)
+        return [json.dumps(body).encode()]
+
+    return app

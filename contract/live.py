@@ -11,7 +11,7 @@ Invariants:
 3. A model's set of pauses is replaced whole, and couriers are woken when one was lifted.
 
 Called by: gateway/dashboard (sampler, overview, queues, feed), gateway/upkeep (pauses),
-gateway/follower (open streams).
+gateway/follower (open streams), gateway/admission (what waits).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import msgspec
 
 from headrace.contract import keys
 from headrace.contract.redis_client import Client, redis_errors
+from headrace.contract.waiting import Waiting, waiting_of
 
 #: Points of the last hour, one every five seconds, and of the last day, one a minute.
 MAX_POINTS = 720
@@ -114,6 +115,17 @@ class Live:
         with redis_errors("read takeovers"):
             row = cast("dict[bytes, bytes]", self._client.hgetall(keys.takeovers(model)))
         return {lane.decode(): int(value) for lane, value in row.items()}
+
+    def waiting(self, models: Sequence[str]) -> dict[str, Waiting]:
+        """Return what waits for each model, in one round trip."""
+        with redis_errors("read what waits"):
+            pipe = self._client.pipeline(transaction=False)
+            for model in models:
+                pipe.hgetall(keys.waiting(model))
+                pipe.hget(keys.counts(model), "accepted")
+            replies: Any = iter(pipe.execute())
+        rows = zip(models, replies, replies, strict=True)
+        return {model: waiting_of(row, num_accepted) for model, row, num_accepted in rows}
 
     # -- pauses ------------------------------------------------------------------------------
 

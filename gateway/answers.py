@@ -96,10 +96,19 @@ class ModelList(_Answer):
     data: list[Model]
 
 
+class WorkersHealth(_Answer):
+    num_ready: int
+    num_stuck: int = Field(description="Their engine has work and makes no step.")
+    num_other: int = Field(description="Starting, draining, drained or set aside.")
+    num_silent: int = Field(description="No beat any more, within the last hour.")
+    oldest_step_s: float = Field(description="Age of the oldest last step of those with work.")
+
+
 class Health(_Answer):
     status: Literal["alive", "ready", "degraded"]
     postgres: Literal["up"] | None = None
     redis: Literal["up", "away"] | None = None
+    workers: WorkersHealth | None = None
 
 
 class Problem(_Answer):

@@ -1,6 +1,6 @@
 """The models that may be asked for: cards from Postgres, remembered for a few seconds.
 
-Called by: gateway/intake (one card), gateway/models (all).
+Called by: gateway/intake (one card), gateway/models (all), gateway/services (known).
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class ModelCards:
                 f"model {name[:200]!r} is not served here; there is {served}: choose one of them"
             )
         return card
+
+    def known(self) -> list[str]:
+        """Return the names that are remembered, without asking Postgres."""
+        return list(self._cards)
 
     def all(self) -> list[ModelCard]:
         """Return all cards, by name, as Postgres has them now."""

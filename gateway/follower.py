@@ -6,8 +6,9 @@ gives each job's messages to the mailboxes of its subscribers.
 Invariants:
 1. A mailbox exists, and Redis was asked for the job's frames, before its owner reads row or log: so
    nothing falls between the log and the frames.
-2. A mailbox never holds more than MAX_MESSAGES: one that overflows is told that it is behind and
-   reads the log instead. A slow subscriber costs no memory and slows nobody.
+2. A mailbox never holds more than MAX_MESSAGES or MAX_BYTES: one that overflows is emptied, takes
+   nothing more until its owner catches up, and is told that it is behind: the log, which holds all
+   of it, is read instead. A slow subscriber costs no memory and slows nobody.
 3. Whenever the connection was away, every mailbox is told that it is behind.
 4. The wish for a job's frames is repeated while a mailbox lives, and lapses by itself otherwise.
 5. From the first stream on this process reports how many it holds, also when it is none any more.
@@ -33,6 +34,10 @@ from headrace.contract.wire import WireError
 
 #: Messages a mailbox holds; at 20 ms a flush, five seconds of one job.
 MAX_MESSAGES = 256
+#: Bytes of them, by `size_of`: what many log probabilities or a large flush fill sooner.
+MAX_BYTES = 256 << 10
+#: Bytes a message takes besides its text, and each token and each logprob of it: about.
+MESSAGE_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 400, 72, 120
 #: Seconds between two repetitions of all wishes.
 RENEW_S = SUBSCRIPTION_S / 3
 #: Wishes repeated in one pipeline.
@@ -53,13 +58,21 @@ class Mailbox:
         self.job = job
         self.is_behind = False  # messages were lost: read the log
         self.is_closed = False  # the process stops: end the stream, the client resumes elsewhere
+        self._is_full = False  # it overflowed: nothing is kept until the owner catches up
+        self._num_bytes = 0
         self._messages: SimpleQueue[wire.StreamMessage | None] = SimpleQueue()
 
-    def put(self, message: wire.StreamMessage) -> None:
-        if self._messages.qsize() >= MAX_MESSAGES:
-            self.is_behind = True
-        else:
+    def put(self, message: wire.StreamMessage, num_bytes: int = 0) -> None:
+        if self._is_full:
+            return  # the log is read next, and holds it
+        has_room = self._messages.qsize() < MAX_MESSAGES
+        if has_room and (not self._num_bytes or self._num_bytes + num_bytes <= MAX_BYTES):
+            self._num_bytes += num_bytes
             self._messages.put(message)
+            return
+        self._is_full = True
+        self._drain()
+        self.wake_behind()
 
     def wake_behind(self) -> None:
         """Tell the owner that something may have been lost, also if it waits."""
@@ -81,10 +94,11 @@ class Mailbox:
 
     def catch_up(self) -> None:
         """Forget what waits, because the log is read next: it holds all of it."""
-        self.is_behind = False  # first: what is lost from here on must be noticed
+        self.is_behind = self._is_full = False  # first: what is lost from here on must be noticed
         self._drain()
 
     def _drain(self) -> list[wire.StreamMessage]:
+        self._num_bytes = 0
         found: list[wire.StreamMessage] = []
         for _ in range(self._messages.qsize()):
             try:
@@ -94,6 +108,15 @@ class Mailbox:
             if message is not None:
                 found.append(message)
         return found
+
+
+def size_of(message: wire.StreamMessage) -> int:
+    """Return about how many bytes a message takes while it waits."""
+    if not isinstance(message, wire.TokenChunk):
+        return MESSAGE_BYTES
+    num_logprobs = sum(len(token.top) for token in message.logprobs or ())
+    text_bytes = MESSAGE_BYTES + len(message.text)
+    return text_bytes + TOKEN_BYTES * len(message.ids) + LOGPROB_BYTES * num_logprobs
 
 
 class Follower:
@@ -190,8 +213,10 @@ class Follower:
             self._tell_all_behind()
             return
         for message in messages:
-            for box in tuple(self._boxes.get(message.job, ())):
-                box.put(message)
+            boxes = tuple(self._boxes.get(message.job, ()))
+            num_bytes = size_of(message) if boxes else 0
+            for box in boxes:
+                box.put(message, num_bytes)
 
     def _keep_up(self) -> None:
         """Repeat what lapses unless it is repeated."""

@@ -4,7 +4,8 @@ Invariants:
 1. Accepted means durable (design invariant 1): the 202 is made from the row Postgres committed.
    Redis being away changes nothing about the answer; the relay enqueues the job later.
 2. A job of another tenant, one that never was and a malformed id are the same 404.
-3. A job canceled in the queue ends its stream here, because no worker will.
+3. What would only wait is refused before it costs anything (gateway/admission).
+4. A job canceled in the queue ends its stream here, because no worker will.
 
 Called by: gateway/routes; find_job also by gateway/sse, hand_over by gateway/dashboard/playground.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -51,14 +53,7 @@ class JobRoutes:
             max_depth=settings.max_json_depth,
         )
         job = validate(JobRequest, body)
-        header = request.headers.get("traceparent")
-        with accept_span(services.traces, header, g.started_s) as span:
-            row = new_row(job, g.principal, services.cards, services.prompts)
-            span.accepted = accepted = services.ledger.accept_job(
-                row | {"traceparent": span.traceparent},
-                idempotency_key=key,
-                request_sha256=request_sha256(body) if key else b"",
-            )
+        accepted = self._accept(job, key, request_sha256(body) if key else b"")
         if wait_s is None:
             hand_over(services, accepted)
             return _accepted(accepted.job, accepted)
@@ -71,6 +66,21 @@ class JobRoutes:
             if not is_done and wait_for_end(box, services.ledger, services.token_log, wait_s):
                 found = services.ledger.job(found["id"]) or found
         return _accepted(found, accepted, wait_s)
+
+    def _accept(self, job: JobRequest, key: str | None, sha256: bytes) -> Accepted:
+        services, tenant_id = self._services, g.principal.tenant_id
+        header = request.headers.get("traceparent")
+        find = None if key is None else partial(services.ledger.has_key, tenant_id, key)
+        with (
+            accept_span(services.traces, header, g.started_s) as span,
+            services.admission.place(job, tenant_id, find) as place,
+        ):
+            row = new_row(job, g.principal, services.cards, services.prompts)
+            span.accepted = accepted = services.ledger.accept_job(
+                row | {"traceparent": span.traceparent}, idempotency_key=key, request_sha256=sha256
+            )
+            place.is_accepted = not accepted.is_replay
+        return accepted
 
     def show(self, job_id: str) -> Response:
         return json_response(job_json(find_job(self._services, job_id, with_output=True)))

@@ -60,9 +60,20 @@ class Metrics:
             ["model", "job_class"],
             registry=registry,
         )
+        self.jobs_refused = Counter(
+            "headrace_jobs_refused_total",
+            "Jobs refused because too much waits: jobs, tokens, tenant, unseen (Redis is away).",
+            ["model", "job_class", "reason"],
+            registry=registry,
+        )
         self.enqueue_failures = Counter(
             "headrace_enqueue_failures_total",
             "Accepted jobs left to the relay because Redis was away.",
+            registry=registry,
+        )
+        self.streams_cut = Counter(
+            "headrace_streams_cut_total",
+            "Event streams ended because the client took nothing for write_timeout_s.",
             registry=registry,
         )
         self.resyncs = Counter(

@@ -5,7 +5,7 @@ that it fits. Longer texts and messages are rendered and counted with the model'
 a real thread, because that is computing and the other greenlets must not wait for it. Where the
 model's folder cannot be read from here, the job is accepted: its worker measures again.
 
-Called by: gateway/intake.
+Called by: gateway/intake, gateway/admission (rough_tokens).
 """
 
 from __future__ import annotations
@@ -129,6 +129,12 @@ def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     if monkey.is_module_patched("threading"):
         return gevent.get_hub().threadpool.apply(function, args, dict(kwargs))
     return function(*args, **kwargs)
+
+
+def rough_tokens(job: JobRequest) -> int:
+    """Guess a prompt's tokens without a tokenizer."""
+    ids = job.prompt_token_ids
+    return estimate_tokens(_num_bytes(job)) if ids is None else len(ids)
 
 
 def _num_bytes(job: JobRequest) -> int:

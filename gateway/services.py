@@ -28,6 +28,7 @@ from headrace.contract.settings import GatewaySettings
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import ShardSubscription, TokenLog
 from headrace.contract.tracing import Traces
+from headrace.gateway.admission import Admission
 from headrace.gateway.auth import KeyGuard
 from headrace.gateway.cards import ModelCards
 from headrace.gateway.dashboard.guard import SessionGuard
@@ -36,6 +37,7 @@ from headrace.gateway.follower import Follower
 from headrace.gateway.metrics import Metrics
 from headrace.gateway.outbox import Enqueuer
 from headrace.gateway.prompt_check import PromptCheck
+from headrace.gateway.queue_depths import QueueDepths
 
 #: Redis connections of one process; greenlets beyond that wait for one.
 MAX_REDIS_CONNECTIONS = 64
@@ -49,6 +51,7 @@ class Services:
     engine: Engine
     redis: redis_client.Client
     ledger: Ledger
+    admission: Admission
     accounts: Accounts
     keys: KeyGuard
     operators: Operators
@@ -80,12 +83,14 @@ class Services:
         shard = new_id("gw")
         ledger, accounts, metrics = Ledger(engine), Accounts(engine), Metrics()
         streams, token_log, live = JobStreams(redis), TokenLog(redis), Live(redis)
+        cards = ModelCards(accounts)
         operators = Operators(engine, Passwords(run_in_thread))
         return cls(
             settings=settings,
             engine=engine,
             redis=redis,
             ledger=ledger,
+            admission=Admission(QueueDepths(live, cards.known), settings, metrics),
             accounts=accounts,
             keys=KeyGuard(accounts),
             operators=operators,
@@ -93,7 +98,7 @@ class Services:
             audit=Audit(engine),
             search=JobSearch(engine),
             edits=JobEdits(engine),
-            cards=ModelCards(accounts),
+            cards=cards,
             prompts=PromptCheck(),
             streams=streams,
             token_log=token_log,

@@ -5,6 +5,9 @@ index of the last token in the event, `N`, or `N.G` for a log that was begun ane
 it back as `Last-Event-ID`. A comment line comes after every heartbeat_s of silence, because a
 client that left is noticed only when something is written to it.
 
+What a client does not read waits in bounded places, and one that reads nothing is cut off after
+write_timeout_s (gateway/outlet); it resumes as after any lost connection.
+
 An id that cannot be is refused before the stream begins: one beyond the output of a job that has
 ended, or beyond max_tokens of one that has not.
 
@@ -26,6 +29,7 @@ from headrace.contract.wire import JobStatus
 from headrace.gateway.cursor import Event, Resume, StreamCursor, parse_event_id
 from headrace.gateway.jobs import find_job
 from headrace.gateway.metrics import Metrics
+from headrace.gateway.outlet import PIECE_BYTES, Outlet
 from headrace.gateway.refusals import validate_query
 from headrace.gateway.schemas import EventsQuery
 from headrace.gateway.services import Services
@@ -79,7 +83,10 @@ class EventRoutes:
                 metrics=services.metrics,
                 heartbeat_s=services.settings.heartbeat_s,
             ).events()
-        return Response(encoded(events, services.metrics), headers=HEADERS)
+        outlet = Outlet.of(
+            request.environ, services.settings.write_timeout_s, services.closing.is_set
+        )
+        return Response(encoded(events, services.metrics, outlet), headers=HEADERS)
 
 
 def check_resume(row: RowMapping, resume: Resume) -> None:
@@ -101,17 +108,36 @@ def check_resume(row: RowMapping, resume: Resume) -> None:
         )
 
 
-def encoded(events: Iterable[list[Event]], metrics: Metrics) -> Iterator[bytes]:
-    """Write batches of events as bytes of an event stream; [] becomes a comment line."""
+def encoded(events: Iterable[list[Event]], metrics: Metrics, outlet: Outlet) -> Iterator[bytes]:
+    """Write batches of events as bytes of an event stream; [] becomes a comment line.
+
+    It ends where the client takes nothing any more.
+    """
     metrics.stream_opened()
     try:
         yield b"retry: %d\n\n" % RETRY_MS
         for batch in events:
-            yield b"".join(map(encode_event, batch)) or b": ping\n\n"
+            for piece in _pieces(batch):
+                if not outlet.has_room():
+                    metrics.streams_cut.inc()
+                    return
+                yield piece
             for event in batch:
                 metrics.events.labels(event.name).inc()
     finally:
         metrics.stream_closed()
+
+
+def _pieces(batch: list[Event]) -> Iterator[bytes]:
+    """Encode a batch as far as it is written: a large one is never in memory as a whole."""
+    ready = b"" if batch else b": ping\n\n"
+    for event in batch:
+        ready += encode_event(event)
+        while len(ready) > PIECE_BYTES:
+            yield ready[:PIECE_BYTES]
+            ready = ready[PIECE_BYTES:]
+    if ready:
+        yield ready
 
 
 def encode_event(event: Event) -> bytes:

@@ -9,7 +9,9 @@ Invariants:
    the log is, and Postgres when Redis does not know. A courier that died between its commit and
    its end record is noticed after ROW_EVERY silences, if the sweeper was not faster.
 3. Redis or Postgres being away ends no stream; it goes on when they are back.
-4. Leaving the stream changes nothing about the job (design invariant 10).
+4. The log is read LOG_PAGE records at a time, the next when the one before was sent: a subscriber
+   that is far behind costs one page, however long the job is.
+5. Leaving the stream changes nothing about the job (design invariant 10).
 
 Called by: gateway/sse.
 """
@@ -22,7 +24,7 @@ from sqlalchemy import RowMapping
 
 from headrace.contract.errors import DatabaseUnavailable, QueueUnavailable
 from headrace.contract.ledger import Ledger
-from headrace.contract.tokens import TokenLog
+from headrace.contract.tokens import LogView, TokenLog
 from headrace.contract.wire import JobStatus
 from headrace.gateway.cursor import Event, StreamCursor
 from headrace.gateway.follower import Follower, Mailbox
@@ -30,6 +32,8 @@ from headrace.gateway.metrics import Metrics
 
 #: Silences after which the row is looked at although Redis says that nothing happened.
 ROW_EVERY = 6
+#: Records of a log that are in memory at once for one subscriber; a record is a flush of the job.
+LOG_PAGE = 128
 
 
 class JobStream:
@@ -62,26 +66,26 @@ class JobStream:
         """Yield events as they come, [] where a heartbeat is due, and stop after the end."""
         cursor = self._cursor
         with self._follower.follow(self._model, self._job) as box:
-            if events := self._first_look(box):
-                yield events
+            yield from self._first_look(box)
             while not (cursor.is_done or self._is_gone):
                 messages = box.take(self._heartbeat_s)
                 if box.is_closed:
                     return
                 events = [event for message in messages for event in cursor.take(message)]
                 if box.is_behind or cursor.is_behind:
-                    events += self._read_log(box)
+                    yield from self._read_log(box, events)
                 elif not messages:
-                    events += self._check(box)
-                if events or not messages:
+                    yield from self._check(box)
+                elif events:
                     yield events
 
-    def _first_look(self, box: Mailbox) -> list[Event]:
+    def _first_look(self, box: Mailbox) -> Iterator[list[Event]]:
         row = self._read_row()
         if row is None:
-            return []
+            return
         if JobStatus(row["status"]).is_terminal:
-            return self._cursor.take_row(row)
+            yield self._cursor.take_row(row)
+            return
         events = self._state_events(row)
         if self._cursor.next:
             try:
@@ -90,41 +94,56 @@ class JobStream:
                 position = None
             if position is not None:
                 events += self._cursor.meet(position.gen, position.next)
-        return events + self._read_log(box)
+        yield from self._read_log(box, events)
 
-    def _read_log(self, box: Mailbox) -> list[Event]:
-        """Take everything the log holds; if it does not reach as far as it should, ask the row."""
+    def _read_log(self, box: Mailbox, events: list[Event]) -> Iterator[list[Event]]:
+        """Yield these events and all that the log holds; where it lacks some, ask the row.
+
+        The log is read before the first are yielded: a start that is announced meanwhile is in no
+        log, and must find the mailbox open.
+        """
         box.catch_up()
         self._cursor.is_behind = False
         self._metrics.resyncs.inc()
-        try:
-            view = self._log.read(self._model, self._job)
-        except QueueUnavailable:
-            box.is_behind = True
-            return self._look_at_row()
+        begin, is_last = 0, False
+        while not is_last:
+            try:
+                view = self._log.read(self._model, self._job, begin, LOG_PAGE)
+            except QueueUnavailable:
+                box.is_behind = True
+                yield events + self._look_at_row()
+                return
+            begin, is_last = begin + LOG_PAGE, view.num_records < LOG_PAGE
+            if found := events + self._take_page(view, is_last):
+                yield found
+            events = []
+
+    def _take_page(self, view: LogView, is_last: bool) -> list[Event]:
         events: list[Event] = []
         if view.chunks and self._cursor.lacks_start(view.chunks[-1].attempt):
             events += self._look_at_row()
         events += [event for chunk in view.chunks for event in self._cursor.take(chunk)]
         if view.end is not None:
             events += self._cursor.take(view.end)
-        if self._cursor.is_behind or (view.end is not None and not self._cursor.is_done):
+        has_missed = view.end is not None and not self._cursor.is_done
+        if has_missed or (is_last and self._cursor.is_behind):
             events += self._look_at_row()
         return events
 
-    def _check(self, box: Mailbox) -> list[Event]:
-        """After a silence: see whether anything was missed."""
+    def _check(self, box: Mailbox) -> Iterator[list[Event]]:
+        """After a silence: see whether anything was missed; [] where nothing was."""
         try:
             position = self._log.position(self._model, self._job)
         except QueueUnavailable:
             position = None
-        if position is None:
-            return self._look_at_row()
         cursor = self._cursor
-        if position.is_ended or (position.gen, position.next) != (cursor.gen, cursor.next):
-            return self._read_log(box)
-        self._num_silences += 1
-        return self._look_at_row() if self._num_silences % ROW_EVERY == 0 else []
+        if position is None:
+            yield self._look_at_row()
+        elif position.is_ended or (position.gen, position.next) != (cursor.gen, cursor.next):
+            yield from self._read_log(box, [])
+        else:
+            self._num_silences += 1
+            yield self._look_at_row() if self._num_silences % ROW_EVERY == 0 else []
 
     def _look_at_row(self) -> list[Event]:
         row = self._read_row()

@@ -55,7 +55,6 @@ class Beats:
         stats, ready = self._courier.stats, self._link.ready
         done = self._courier.totals.since_last()
         has_work = self._courier.num_jobs > 0
-        age_s = time.monotonic() - self._link.last_frame_at if has_work else 0.0
         return WorkerBeat(
             worker=self._worker,
             model=self._model,
@@ -64,7 +63,7 @@ class Beats:
             state=self._duty.state,
             started_ms=self._started_ms,
             step=stats.step,
-            step_age_ms=int(age_s * 1000),
+            step_age_ms=int(self._engine.step_age_s * 1000),
             num_running=stats.num_running if has_work else 0,
             num_waiting=stats.num_waiting if has_work else 0,
             free_blocks=stats.free_blocks,

@@ -5,7 +5,9 @@ Invariants:
    sees the socket close and asks the kernel for a signal; so `start` is called by the main thread).
 2. Nothing here waits: what the socket does not take is kept, what has not come is not waited for.
 3. The engine gets no address and no secret: its environment has no HEADRACE_ variable.
-4. Once an engine was ready on a device, those after it run there or not at all: a GPU that was lost
+4. Ending an engine takes END_S + KILL_S at most, also one that the kernel cannot end: `remains`
+   names it then.
+5. Once an engine was ready on a device, those after it run there or not at all: a GPU that was lost
    must not turn a fast worker into a slow one on the CPU, where nobody notices.
 
 Owned by the courier's loop.
@@ -42,10 +44,13 @@ from headrace.worker.frames import (
     unpack,
 )
 from headrace.worker.running import RunningJob
+from headrace.worker.stacks import StackFile, ThreadStack
 
 Notice = Ready | Fatal | Failure | StepFrame
 #: Seconds an engine has to end by itself after its socket was closed.
 END_S = 2.0
+#: Seconds in which a killed process must be gone; one that hangs in a driver never is.
+KILL_S = 10.0
 
 
 class EngineLink:
@@ -60,6 +65,9 @@ class EngineLink:
         self._socket: socket.socket | None = None
         self._reader = FrameReader()
         self._writer: FrameWriter | None = None
+        self._stacks: StackFile | None = None
+        self._last_stacks: list[ThreadStack] = []
+        self.remains: int | None = None  # pid of an engine that SIGKILL did not end
         self.ready: Ready | None = None
         self.ready_at = 0.0  # monotonic s
         self.last_frame_at = 0.0  # monotonic s
@@ -82,10 +90,12 @@ class EngineLink:
         config = json.dumps(msgspec.to_builtins(self._config))
         command = [sys.executable, "-m", "headrace.worker.engine.loop"]
         command += ["--fd", str(theirs.fileno()), "--config", config]
+        self._stacks = StackFile()
+        command += ["--stacks-fd", str(self._stacks.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 command,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), self._stacks.fileno()],
                 env=self._environ,
                 stdin=subprocess.DEVNULL,
             )
@@ -125,8 +135,21 @@ class EngineLink:
             return notices, False  # what came before may say why
         return notices, is_alive
 
-    def end(self) -> int | None:
-        """Close the socket and end the process, by force when it does not; returns its status."""
+    def ask_stacks(self) -> list[ThreadStack]:
+        """Let a live engine say where its threads stand."""
+        if self._process is None or self._stacks is None:
+            return []
+        return self._stacks.ask(self._process.pid)
+
+    def last_stacks(self) -> list[ThreadStack]:
+        """Return what the engine that ended wrote: when asked, or as it died of a signal."""
+        return self._last_stacks
+
+    def end(self, *, at_once: bool = False) -> int | None:
+        """Close the socket and end the process; returns its status, None if it took force.
+
+        `at_once`: it stands still, so that it is not waited for.
+        """
         if self._socket is not None:
             self._socket.close()
         self._socket = self._writer = None
@@ -135,10 +158,23 @@ class EngineLink:
         if process is None:
             return None
         try:
-            return process.wait(END_S)
+            return self._wait_for(process, 0 if at_once else END_S)
+        finally:
+            if self._stacks is not None:
+                self._last_stacks = self._stacks.read()
+                self._stacks.close()
+            self._stacks = None
+
+    def _wait_for(self, process: subprocess.Popen[bytes], patience_s: float) -> int | None:
+        try:
+            return process.wait(patience_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            return process.wait()
+        try:
+            process.wait(KILL_S)
+        except subprocess.TimeoutExpired:
+            self.remains = process.pid
+        return None
 
 
 def config_of(settings: WorkerSettings, worker: str = "") -> EngineConfig:
@@ -161,6 +197,7 @@ def config_of(settings: WorkerSettings, worker: str = "") -> EngineConfig:
         runner=settings.runner,
         stub_step_ms=settings.stub_step_ms,
         stub_lost_steps=settings.stub_lost_steps,
+        stub_poison=settings.stub_poison,
         log_format=settings.log_format,
         worker=worker,
     )

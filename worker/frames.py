@@ -115,6 +115,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stub_step_ms: float = 0.0  # how long a step of the stub takes
     stub_depth: int = 0  # steps of the stub in flight before the oldest is collected
     stub_lost_steps: int = 0  # steps after which the stub's device is lost; 0 = never
+    stub_poison: int = 0  # token id that makes a prompt poison (stub.py); 0 = none does
     log_format: Literal["text", "json"] = "text"
     worker: str = ""  # whose engine it is, for its log
     debug_check: bool = False  # assert the invariants of pool and scheduler each step
@@ -144,6 +145,8 @@ class Ready(msgspec.Struct, frozen=True):
 class Fatal(msgspec.Struct, frozen=True):
     code: str
     text: str
+    kind: str = ""  # of the exception
+    where: str = ""  # `file:function`, the innermost frame of ours
 
 
 class Failure(msgspec.Struct, frozen=True):

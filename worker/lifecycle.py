@@ -65,6 +65,7 @@ class Worker:
         self._intake, self._courier = parts.intake, parts.courier
         self._endings, self._hand_back = parts.endings, parts.hand_back
         self._keeper, self._orders, self._gpus = parts.keeper, parts.orders, parts.gpus
+        self._health = parts.health
         self._num_signals = self._num_heeded = 0
         self._is_stopped = threading.Event()
 
@@ -76,7 +77,7 @@ class Worker:
         ConfigurationError if the engine cannot start; EngineBroken if it cannot live.
         """
         if self.settings.metrics_bind:
-            self._metrics.serve(self.settings.metrics_bind)
+            self._metrics.serve(self.settings.metrics_bind, self._health.answer)
         self._engine.start()
         threads = {
             run: _thread(name, run)

@@ -79,6 +79,19 @@ class Metrics:
         self.engine_restarts = Counter(
             "headrace_worker_engine_restarts", "Engines started after the first.", registry=r
         )
+        self.dead_letters = Counter(
+            "headrace_dead_letters",
+            "Jobs that killed their engine when they ran alone, and failed for it.",
+            registry=r,
+        )
+        self.engine_deaths = Counter(
+            "headrace_worker_engine_deaths",
+            "Deaths of an engine; certain: what ran is to blame.",
+            ["evidence"],
+            registry=r,
+        )
+        for evidence in ("certain", "uncertain"):  # a series that is there can be watched
+            self.engine_deaths.labels(evidence)
         self.flush_seconds = Histogram(
             "headrace_worker_flush_seconds",
             "One fenced append + publish of all jobs.",
@@ -217,6 +230,10 @@ class Metrics:
         self.job_prompt_tokens.observe(len(job.prompt_ids))
         self.job_output_tokens.observe(len(job.ids))
 
-    def serve(self, bind: str) -> None:
-        """Serve /metrics at `host:port` from a thread."""
-        exposition.serve(bind, self._exposition)
+    def refused(self, at: str) -> None:
+        """Count a write that a newer attempt's fence refused."""
+        self.stale_writes.labels(at=at).inc()
+
+    def serve(self, bind: str, checks: exposition.Checks | None = None) -> None:
+        """Serve /metrics, and the worker's checks, at `host:port` from a thread."""
+        exposition.serve(bind, self._exposition, checks)

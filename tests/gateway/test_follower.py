@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from headrace.contract import wire
 from headrace.contract.errors import QueueUnavailable
 from headrace.contract.wire import WireError
-from headrace.gateway.follower import MAX_MESSAGES, Follower, Mailbox
+from headrace.gateway.follower import MAX_BYTES, MAX_MESSAGES, Follower, Mailbox, size_of
 from headrace.tests.gateway.courier import chunk_of
 
 JOB = "job_" + "b" * 32
@@ -125,16 +126,45 @@ def test_closing_ends_all_streams_and_lets_nobody_in():
             assert late.is_closed
 
 
-def test_invariant_2_a_full_mailbox_takes_no_more_and_says_so():
+def test_invariant_2_a_mailbox_that_overflows_is_emptied_and_says_so():
     box = Mailbox("m", JOB)
-    for index in range(MAX_MESSAGES + 10):
+    for index in range(MAX_MESSAGES):
         box.put(chunk_of(JOB, index, 1))
-        box.wake_behind() if index == MAX_MESSAGES + 5 else None
+    assert not box.is_behind
+    for index in range(MAX_MESSAGES, MAX_MESSAGES + 10):
+        box.put(chunk_of(JOB, index, 1))
     assert box.is_behind
-    assert len(box.take(1)) == MAX_MESSAGES
+    assert box.take(10) == [], "woken at once, and nothing is kept meanwhile"
     box.catch_up()
     assert not box.is_behind
-    assert box.take(0.01) == []
+    box.put(late := chunk_of(JOB, 999, 1))
+    assert box.take(1) == [late]
+
+
+def test_invariant_2_bytes_fill_a_mailbox_as_well():
+    box, chunk = Mailbox("m", JOB), chunk_of(JOB, 0, 200)
+    num_bytes = size_of(chunk)
+    assert num_bytes > 200 * 64
+    for _ in range(MAX_BYTES // num_bytes):
+        box.put(chunk, num_bytes)
+    assert not box.is_behind
+    box.put(chunk, num_bytes)
+    assert box.is_behind
+    assert box.take(1) == []
+
+
+def test_one_message_larger_than_a_mailbox_is_still_passed_on():
+    box, chunk = Mailbox("m", JOB), chunk_of(JOB, 0, 1)
+    box.put(chunk, MAX_BYTES + 1)
+    assert box.take(1) == [chunk]
+    box.put(chunk, MAX_BYTES + 1)
+    assert box.take(1) == [chunk], "what was taken counts no more"
+
+
+def test_logprobs_weigh():
+    plain = chunk_of(JOB, 0, 4)
+    tops = (wire.TokenLogprobs(-0.5, tuple((n, -1.0) for n in range(20))),) * 4
+    assert size_of(msgspec.structs.replace(plain, logprobs=tops)) > size_of(plain) + 80 * 100
 
 
 def test_catching_up_notices_what_is_lost_while_it_drains():
