@@ -4,6 +4,7 @@ Invariants:
 1. Deny by default: a request whose route is not marked open in gateway/routes is authenticated
    before anything of it is read. Paths and methods that do not exist are 404 and 405 for all.
    What a role is needed for, gateway/dashboard/guard admits and audits.
+   No view sees a name with a NUL, which Postgres cannot be asked for.
 2. Making an app opens nothing; connections and threads begin with the first request that needs
    them.
 
@@ -20,6 +21,7 @@ from flask import Flask, Response, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from headrace.contract import log
+from headrace.contract.errors import NotFound
 from headrace.contract.settings import GatewaySettings
 from headrace.gateway.dashboard.guard import OperatorGuard
 from headrace.gateway.openapi import Operation
@@ -73,6 +75,8 @@ def _guard(app: Flask, services: Services, table: Mapping[str, Operation]) -> No
             operators.admit(op)
         else:
             g.principal = services.keys.principal(request.headers.get("Authorization"))
+        if any("\x00" in str(value) for value in (request.view_args or {}).values()):
+            raise NotFound("a name in the path holds a NUL; no name here does: correct the path")
 
     app.after_request(operators.finish)
 

@@ -26,6 +26,14 @@ Models = type[BaseModel]
 
 _PARAMETER = re.compile(r"<(?:\w+:)?(\w+)>")
 
+#: What an answer of 429 or 503 may say.
+_RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Seconds to wait before asking again.",
+        "schema": {"type": "integer"},
+    }
+}
+
 #: The cookie that holds an operator's session.
 SESSION_COOKIE = "headrace_session"
 
@@ -135,6 +143,8 @@ def _responses(op: Operation) -> dict[str, Any]:
             "description": "A problem.",
             "content": {"application/problem+json": {"schema": _ref(Problem)}},
         }
+        if status in (429, 503):
+            found[str(status)]["headers"] = _RETRY_AFTER
     return found
 
 

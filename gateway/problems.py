@@ -6,7 +6,7 @@ Invariants:
 2. An unforeseen exception tells the client nothing but `internal`; the log gets its type and its
    frames, never its text, which may quote a prompt.
 
-Called by: gateway/app (handlers), gateway/health.
+Called by: gateway/app (handlers), gateway/connections (what never reached the app).
 """
 
 from __future__ import annotations
@@ -40,18 +40,22 @@ def problem(
     g.problem_code = code  # how the audit log calls this ending
     if is_for_a_page():
         return render_problem(status=status, code=code, detail=detail)
-    body = {
+    body = problem_body(status=status, code=code, detail=detail, retryable=retryable) | more
+    response = Response(msgspec.json.encode(body), status=status, mimetype=MIMETYPE)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def problem_body(*, status: int, code: str, detail: str, retryable: bool) -> dict[str, Any]:
+    """Return what every problem has."""
+    return {
         "type": f"urn:headrace:problem:{code}",
         "title": code.replace("_", " ").capitalize(),
         "status": status,
         "detail": detail,
         "code": code,
         "retryable": retryable,
-        **more,
     }
-    response = Response(msgspec.json.encode(body), status=status, mimetype=MIMETYPE)
-    response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 def is_for_a_page() -> bool:

@@ -47,7 +47,7 @@ def _job_routes(services: Services) -> list[Operation]:
                 "Idempotency-Key": "1-255 visible ASCII; the same key and body is the same job.",
                 "Prefer": "`wait=N`: hold the answer up to N seconds for the job's end.",
             },
-            problems=(400, 413, 415, 422),
+            problems=(400, 413, 415, 422, 429),
         ),
         Operation(
             "GET", "/v1/jobs", "list_jobs", jobs.page, "List jobs, newest first, without output.",

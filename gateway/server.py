@@ -8,7 +8,8 @@ Invariants:
    fork and after gevent has patched the standard library.
 2. A stop ends event streams at once (clients resume elsewhere by their last event id) and lets
    other requests finish within graceful_timeout; what was enqueued is confirmed before the exit.
-3. Nothing of a request is logged: no access log (queries and headers could carry keys).
+3. Nothing of a request is logged: no access log (queries and headers could carry keys), and no
+   text of what cannot be parsed (gateway/connections).
 
 Called by: the CLI (`headrace gateway`), compose.
 """
@@ -18,29 +19,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from types import FrameType
 from typing import Any
 
-import gevent
-from gunicorn.workers.ggevent import GeventWorker
-
 from headrace.contract.settings import GatewaySettings
-
-
-class StreamingWorker(GeventWorker):
-    """gunicorn's gevent worker, which would wait for endless streams before it stops."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        gevent.spawn(self._end_streams)
-
-    def _end_streams(self) -> None:
-        from headrace.gateway.app import services_of  # not in the master: gevent patches first
-
-        app: Any = self.wsgi
-        if app is not None:
-            services_of(app).end_streams()
-
+from headrace.gateway.connections import QuietLogger, StreamingWorker
 
 _settings = GatewaySettings.from_env(os.environ)
 
@@ -52,6 +34,7 @@ os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder
 bind = _settings.bind
 workers = _settings.gateway_processes
 worker_class = StreamingWorker
+logger_class = QuietLogger
 worker_connections = _settings.max_connections
 backlog = 2048
 #: Seconds a worker may be silent before its master replaces it; its loop never computes so long.
@@ -59,7 +42,12 @@ timeout = 60
 #: Seconds a stop waits for answers under way; streams and waits end at once, the rest takes
 #: milliseconds, but a connection that idles between two requests counts as busy for gunicorn.
 graceful_timeout = 5
+#: Seconds for the wait for a request, and for the whole of its head.
 keepalive = 75
+#: A head is at most 64 x 8 KiB; cookies and keys need a tenth of it. What is long goes into bodies.
+limit_request_line = 4094
+limit_request_fields = 64
+limit_request_field_size = 8190
 preload_app = False
 #: Whose X-Forwarded-Proto gunicorn would believe by itself: nobody's. The setting behind_proxy says
 #: whether there is a proxy (gateway/app); by default gunicorn believes whoever comes by loopback.

@@ -1,6 +1,7 @@
 """What bad input gets: its own 4xx with a stable code, never a 500, and nothing quoted back."""
 
 import json
+import re
 
 import pytest
 from flask.testing import FlaskClient
@@ -9,9 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from headrace.contract.errors import all_errors
+from headrace.contract.roles import Role
 from headrace.gateway import answers
 from headrace.gateway.problems import MIMETYPE
-from headrace.tests.gateway.conftest import card
+from headrace.gateway.routes import route_table
+from headrace.tests.gateway.conftest import card, client_of
 from headrace.tests.gateway.courier import MODEL
 
 GOOD = {"model": MODEL, "prompt": "x"}
@@ -262,6 +265,22 @@ def test_paths_and_methods_that_are_not_there(client):
     response = client.put("/v1/jobs", json={})
     check_problem(response, 405, "method_not_allowed")
     assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
+
+
+def test_no_operation_fails_at_a_hostile_name_in_its_path(app, services):
+    """With every right there is, so that the name reaches what it can reach."""
+    client = client_of(app, services.accounts.create_key(tenant="a", name="x", role=Role.ADMIN))
+    names = ("%00", "a%00b", "%ED%A0%80", "%FF%FE", "%F0%9F%98%80", "'--", "%25", "x" * 3000, "%0A")
+    for op in route_table(services):
+        if "<" not in op.path or op.path.endswith("/events"):
+            continue
+        for name in names:
+            path = re.sub("<[^>]+>", name, op.path)
+            response = client.open(path, method=op.method, json={} if op.body else None)
+            assert 200 <= response.status_code < 500, (op.name, name)
+            if "%00" in name and not op.is_page:
+                check_problem(response, 404, "not_found")
+            response.close()
 
 
 def test_a_prompt_is_counted_with_the_models_tokenizer(client, services, smollm2_folder):
