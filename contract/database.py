@@ -1,5 +1,12 @@
 """Connections to Postgres, and one error for everything that means "not now".
 
+Invariants (tests/contract/test_store_errors.py, on a real server in each of these states):
+1. What says something about the server's state at the moment (away, starting, stopping, full disk,
+   no connection left, read-only, out of time, a deadlock) is DatabaseUnavailable: whoever asked may
+   ask again. What says something about the statement or its values is raised as it is: asking
+   again would go on for ever.
+2. A server that is gone without a farewell is noticed within SILENCE_S: no call waits for ever.
+
 Called by: each process once (`connect`); ledger and accounts (`database_errors`).
 """
 
@@ -11,7 +18,14 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    InternalError,
+    InvalidRequestError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from headrace.contract.errors import DatabaseUnavailable
@@ -20,6 +34,17 @@ from headrace.contract.errors import DatabaseUnavailable
 STATEMENT_TIMEOUT_S = 15
 #: Seconds a request waits for a free connection, and for a new one to be made.
 CONNECT_TIMEOUT_S = 3
+#: Seconds after which a peer that acknowledges nothing counts as gone: statement_timeout is the
+#: server's clock, and a server whose machine died has none.
+SILENCE_S = 20
+
+#: First two characters of the SQLSTATEs that are operational by psycopg's classes, but are about
+#: the statement: 54 = a value or a row beyond what Postgres can hold.
+_NOT_PASSING = ("54",)
+
+#: What SQLAlchemy's pool says when fresh connections, too, are closed when they are checked: a
+#: Postgres that is being killed. The class alone would be a fault of ours.
+_POOL_GAVE_UP = "This connection is closed"
 
 
 def connect(url: str, *, pool_size: int = 5) -> Engine:
@@ -33,6 +58,10 @@ def connect(url: str, *, pool_size: int = 5) -> Engine:
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
             "application_name": "headrace",
+            "keepalives_idle": SILENCE_S // 2,
+            "keepalives_interval": SILENCE_S // 10,
+            "keepalives_count": 5,
+            "tcp_user_timeout": SILENCE_S * 1000,
             "options": f"-c statement_timeout={STATEMENT_TIMEOUT_S * 1000} -c timezone=UTC",
         },
     )
@@ -65,7 +94,22 @@ def database_errors(what: str) -> Generator[None]:
     try:
         yield
     except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as error:
-        origin = type(getattr(error, "orig", None) or error).__name__
-        raise DatabaseUnavailable(
-            f"{what}: Postgres did not answer ({origin}): try again in a second", retry_after_s=1
-        ) from error
+        if isinstance(error, DBAPIError) and _sqlstate(error).startswith(_NOT_PASSING):
+            raise
+        raise _unavailable(what, error) from error
+    except InvalidRequestError as error:
+        if str(error) != _POOL_GAVE_UP:
+            raise
+        raise _unavailable(what, error) from error
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    """Return the server's code, or "" where there was no server to give one."""
+    return getattr(error.orig, "sqlstate", None) or ""
+
+
+def _unavailable(what: str, error: Exception) -> DatabaseUnavailable:
+    origin = type(getattr(error, "orig", None) or error).__name__
+    return DatabaseUnavailable(
+        f"{what}: Postgres did not answer ({origin}): try again in a second", retry_after_s=1
+    )

@@ -77,6 +77,7 @@ class LogView:
 
     chunks: tuple[wire.TokenChunk, ...]
     end: wire.JobEnd | None
+    num_records: int
 
 
 class TokenLog:
@@ -119,13 +120,14 @@ class TokenLog:
             reply = cast("list[int]", self._append(keys=[keys.prefix(model) + "lanes"], args=args))
         return [Overlap(-state) if state < 0 else Append(state) for state in reply]
 
-    def announce(self, model: str, started: Sequence[wire.JobStarted]) -> None:
-        """Publish that attempts have started; a stale one is dropped."""
+    def announce(self, model: str, started: Sequence[tuple[wire.JobStarted, int]]) -> int:
+        """Publish (start of an attempt, prompt's tokens) pairs; returns how many are stale."""
         args: list[Any] = [keys.prefix(model), keys.shard_channel("")]
-        for message in started:
-            args += (message.job, message.attempt, wire.encode(message))
+        for message, prompt_tokens in started:
+            args += (message.job, message.attempt, wire.encode(message), prompt_tokens)
         with redis_errors("announce start"):
-            self._announce(keys=[keys.prefix(model) + "lanes"], args=args)
+            refused = self._announce(keys=[keys.prefix(model) + "lanes"], args=args)
+        return cast("int", refused)
 
     def end(self, model: str, ends: Sequence[wire.JobEnd]) -> None:
         """Append and publish the end records of jobs whose end is committed. Safe to repeat."""
@@ -136,10 +138,14 @@ class TokenLog:
         with redis_errors("append end records"):
             self._end(keys=[keys.prefix(model) + "lanes"], args=args)
 
-    def read(self, model: str, job: str) -> LogView:
-        """Return the whole log: chunks in order, and the end record once there is one."""
+    def read(self, model: str, job: str, begin: int = 0, count: int = 0) -> LogView:
+        """Return the log: chunks in order, and the end record once there is one.
+
+        With a count it is so many records from `begin` on: a page.
+        """
+        last = begin + count - 1 if count else -1
         with redis_errors(f"read log of {job}"):
-            rows = cast("list[bytes]", self._client.lrange(keys.token_log(model, job), 0, -1))
+            rows = cast("list[bytes]", self._client.lrange(keys.token_log(model, job), begin, last))
         chunks: list[wire.TokenChunk] = []
         end: wire.JobEnd | None = None
         for message in map(wire.decode_stream, rows):
@@ -147,7 +153,13 @@ class TokenLog:
                 chunks.append(message)
             elif isinstance(message, wire.JobEnd):
                 end = message
-        return LogView(tuple(chunks), end)
+        return LogView(tuple(chunks), end, len(rows))
+
+    def prompt_tokens(self, model: str, job: str) -> int | None:
+        """Return how many tokens the job's worker counted in its prompt; None: nobody did."""
+        with redis_errors(f"read prompt's tokens of {job}"):
+            value = cast("bytes | None", self._client.hget(keys.job_hash(model, job), "prompt"))
+        return None if value is None else int(value)
 
     def position(self, model: str, job: str) -> Position | None:
         """Return how far the log is; None when this Redis does not know the job."""

@@ -9,7 +9,8 @@ Invariants (design invariant 4; tests/gateway/test_cursor.py):
 2. A chunk beyond `next` is not sent: `is_behind` asks the caller to read the log, and what was
    dropped is found there (logged before seen).
 3. A log that was begun anew (a higher `gen`), or lost its tail, is announced by `reset` before any
-   of its tokens, and only where tokens were sent or claimed before.
+   of its tokens, and only where tokens were sent or claimed before. The row of a job that has ended
+   does not say which attempt made which token: it is compared with what was sent.
 4. One terminal event, after the last token; nothing follows it.
 
 Called by: gateway/stream.
@@ -18,9 +19,11 @@ Called by: gateway/stream.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 from sqlalchemy import RowMapping
 
@@ -73,6 +76,8 @@ class StreamCursor:
         self.gen = resume.gen or 0
         self.is_behind = False  # something before what arrived is missing: read the log
         self.is_done = False  # the terminal event was given
+        self._sent_from = resume.next  # first index that this subscription itself sent,
+        self._sent_crc = 0  # and the checksum of the ids from there to `next`
         self._is_met = resume.next == 0  # the client's claim was compared with a log
         self._attempt_seen = 0
         self._attempt_told = 0
@@ -113,6 +118,9 @@ class StreamCursor:
             end, chunk = end_of(row), output_chunk(row)
             events += self.meet(end.gen, end.next)
             if chunk is not None:
+                if not self._is_as_sent(chunk):
+                    events += self._start_over("tokens that were sent were made again, and differ")
+                self._attempt_seen = max(self._attempt_seen, chunk.attempt)
                 events += self.take(chunk)
             events += self.take(end)
         return events
@@ -166,8 +174,13 @@ class StreamCursor:
         self.gen = gen
         return events
 
+    def _is_as_sent(self, chunk: wire.TokenChunk) -> bool:
+        """True when a whole output begins with what was sent, which keeps no more than a sum."""
+        ids = chunk.ids[self._sent_from : self.next]
+        return crc32(array("q", ids)) == self._sent_crc
+
     def _start_over(self, reason: str) -> list[Event]:
-        self.next = 0
+        self.next = self._sent_from = self._sent_crc = 0
         self.is_behind = True
         return [Event("reset", {"job": self._job, "reason": reason})]
 
@@ -186,6 +199,7 @@ class StreamCursor:
             if rest.logprobs is not None:
                 data["logprobs"] = logprobs_json(rest.logprobs[:count])
             self.next = rest.first + count
+            self._sent_crc = crc32(array("q", rest.ids[:count]), self._sent_crc)
             yield Event("token", data, self._event_id())
             rest = chunk.since(self.next)
 

@@ -5,8 +5,9 @@ every ending is one conditional UPDATE.
 
 Invariants:
 1. A job that is queued in Postgres is in its lane, or will be at the next run (design invariant 2).
-2. A running job is enqueued again only when Redis does not know it, its worker's heartbeat is gone,
-   and this Redis has had its memory for longer than a lease: a live worker restores its own first.
+2. A running job is enqueued again only when Redis has not known it for longer than a lease: a live
+   worker restores its own within a third of one. That its worker beats proves nothing: it may have
+   come back under its name, or have failed to begin the job.
 3. A job that nobody runs and that must not run any more (canceled, past its deadline), because its
    worker is dead or handed it back, ends with the tokens its log holds: what subscribers saw is
    what is stored.
@@ -19,6 +20,7 @@ Called by: gateway/tasks (Celery); never inference.
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -66,6 +68,7 @@ class Upkeep:
         self._pauses = pauses
         self._lease_s = lease_s
         self._retention = timedelta(days=retention_days)
+        self._unknown_since: dict[str, float] = {}  # running job -> monotonic s, as of last sweep
 
     def relay(
         self, *, older_than_s: float = 1.0, meanwhile: Callable[[], object] = lambda: None
@@ -98,23 +101,20 @@ class Upkeep:
         """Put lost jobs back, end dead workers' unwanted ones; returns how many were touched."""
         for model in self._pauses.restore():
             log.event("pauses.restored", level=logging.WARNING, model=model)
-        is_settled = self._workers.epoch_age_ms() > self._lease_s * 1000
         alive = self._workers.alive().keys()
+        missed, self._unknown_since = self._unknown_since, {}  # a sweep cut short starts over
+        found: dict[str, float] = {}
         num_touched, after = 0, ""
         while rows := self._ledger.open_jobs(after=after, limit=PAGE):
             after = rows[-1]["id"]
-            lost = [
-                row
-                for row in self._unknown(rows)
-                if row["status"] == JobStatus.QUEUED or (is_settled and row["worker"] not in alive)
-            ]
-            num_touched += self._enqueue(lost)
+            num_touched += self._enqueue(self._lost(rows, missed, found))
             for row in rows:
                 if row["status"] == JobStatus.RUNNING:
                     num_touched += self._look_after(row, is_alive=row["worker"] in alive)
                 elif row["cancel_requested_at"] is not None:
                     num_touched += self._end_with_log(row, JobStatus.CANCELED)
             meanwhile()
+        self._unknown_since = found
         num_touched += self._tell_late_ends()
         if num_touched:
             log.event("jobs.swept", level=logging.WARNING, jobs=num_touched)
@@ -135,7 +135,30 @@ class Upkeep:
     # -- parts -------------------------------------------------------------------------------
 
     def _enqueue(self, rows: Iterable[RowMapping]) -> int:
-        return sum(self._streams.enqueue(spec_of(row), row["cost_tokens"]) for row in rows)
+        num_new = 0
+        for row in rows:
+            try:
+                spec = spec_of(row)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                # Not a row that a gateway wrote: it must not keep the others from their turn.
+                log.failure("job.unreadable", error, job=row["id"])
+                continue
+            num_new += self._streams.enqueue(spec, row["cost_tokens"], suspect=row["suspect"])
+        return num_new
+
+    def _lost(
+        self, rows: Sequence[RowMapping], missed: dict[str, float], found: dict[str, float]
+    ) -> list[RowMapping]:
+        """Return what is to be enqueued again; `found` gets the running jobs Redis knows not."""
+        lost: list[RowMapping] = []
+        now = time.monotonic()
+        for row in self._unknown(rows):
+            if row["status"] == JobStatus.RUNNING:
+                since = found[row["id"]] = missed.get(row["id"], now)
+                if now - since <= self._lease_s:
+                    continue
+            lost.append(row)
+        return lost
 
     def _unknown(self, rows: Sequence[RowMapping]) -> list[RowMapping]:
         by_model: dict[str, list[RowMapping]] = defaultdict(list)
@@ -176,6 +199,7 @@ class Upkeep:
         ending = Ending(
             status=status,
             finish_reason=FinishReason.EXPIRED if is_expired else FinishReason.CANCELED,
+            prompt_tokens=self._prompt_tokens(row) if ends else 0,
             gen=view.chunks[-1].gen if view.chunks else 0,
             text="".join(chunk.text for chunk in view.chunks),
             token_ids=tuple(token for chunk in view.chunks for token in chunk.ids),
@@ -193,6 +217,11 @@ class Upkeep:
             return False
         self._tell_ends([job])
         return True
+
+    def _prompt_tokens(self, row: RowMapping) -> int:
+        """Return what the prompt is charged as: counted by a worker, or by the client itself."""
+        counted = self._tokens.prompt_tokens(row["model"], row["id"])
+        return len(row["input"].get("prompt_token_ids") or ()) if counted is None else counted
 
     def _tell_late_ends(self) -> int:
         """Append the end records that are missing an outage after their commit."""

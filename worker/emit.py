@@ -76,7 +76,7 @@ class Emitter:
             if isinstance(state, Overlap):
                 self._logged(job, state.next)
             elif state is Append.STALE:
-                self._metrics.stale_writes.labels(at="log").inc()
+                self._metrics.refused("log")
             refused.append((job, state))
         return refused
 

@@ -107,7 +107,7 @@ class Endings:
                     return
                 ending = job.fail(UNSTORABLE, "the result could not be stored: report this job")
         if finish is Finish.STALE:
-            self._metrics.stale_writes.labels(at="result").inc()
+            self._metrics.refused("result")
             log.event("result.refused", job=job.job, worker=self._worker, attempt=job.attempt)
             return
         log.event(

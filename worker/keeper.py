@@ -38,6 +38,7 @@ class Keeper:
         held: Held,
         beat: Callable[[], WorkerBeat],
         tell: Callable[[str, str, int], None],  # state, job, attempt
+        redis_was_away: Callable[[], None],
     ) -> None:
         self._model = model
         self._worker = worker
@@ -47,6 +48,7 @@ class Keeper:
         self._held = held
         self._beat = beat
         self._tell = tell
+        self._redis_was_away = redis_was_away
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -63,6 +65,7 @@ class Keeper:
                     self._renew()
                     renew_at = time.monotonic() + self._lease_s / 3
             except Unavailable as error:
+                self._redis_was_away()
                 log.event(
                     "lease.delayed", level=logging.WARNING, worker=self._worker, code=error.code
                 )

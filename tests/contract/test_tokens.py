@@ -182,7 +182,7 @@ def test_a_job_that_never_ran_gets_an_end_record(tokens):
     assert view.chunks == ()
     assert view.end is not None
     assert view.end.status == wire.JobStatus.CANCELED
-    assert tokens.read(MODEL, "job_none") == type(view)((), None)
+    assert tokens.read(MODEL, "job_none") == type(view)((), None, 0)
 
 
 # -- frames ----------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_repeats_and_refused_chunks_are_not_published(tokens, chunk_of, shard):
     )
     for _ in range(2):
         tokens.end(MODEL, [end_of("job_1", 2)])
-    tokens.announce(MODEL, [started_of("job_1", 2)])
+    tokens.announce(MODEL, [(started_of("job_1", 2), 5)])
     assert frame(shard) == [chunk_of("job_1", 2, 0, 2)]
     assert frame(shard) == [end_of("job_1", 2)]
     assert frame(shard) == [started_of("job_1", 2)]
@@ -249,7 +249,7 @@ def test_only_the_newest_attempt_announces_its_start(tokens, shard):
     tokens.fence(MODEL, "job_1", 2, "w1")
     tokens.fence(MODEL, "job_2", 1, "w1")
     starts = [started_of("job_1", 1), started_of("job_2", 1), started_of("job_none", 1)]
-    tokens.announce(MODEL, starts)
+    tokens.announce(MODEL, [(start, 5) for start in starts])
     assert frame(shard) == [started_of("job_2", 1)]
 
 
@@ -275,7 +275,7 @@ def test_a_redis_that_is_away_is_queue_unavailable(chunk_of):
     calls = [
         lambda: tokens.fence(MODEL, "job", 1, "w"),
         lambda: append(tokens, chunk_of("job", 1, 0, 1)),
-        lambda: tokens.announce(MODEL, [started_of("job", 1)]),
+        lambda: tokens.announce(MODEL, [(started_of("job", 1), 5)]),
         lambda: tokens.end(MODEL, [end_of("job")]),
         lambda: tokens.read(MODEL, "job"),
         lambda: tokens.subscribe("g", [(MODEL, "job")]),

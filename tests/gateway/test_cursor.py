@@ -1,6 +1,8 @@
 """The cursor: whatever arrives, every index is given once and in order (design invariant 4)."""
 
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from headrace.contract import wire
 from headrace.contract.errors import InvalidEventId
 from headrace.contract.wire import FinishReason, JobStatus
 from headrace.gateway.cursor import MAX_EVENT_TOKENS, Event, Resume, StreamCursor, parse_event_id
-from headrace.tests.gateway.courier import chunk_of
+from headrace.tests.gateway.courier import chunk_of, token_text
 
 JOB = "job_" + "a" * 32
 
@@ -191,6 +193,49 @@ def test_a_newer_attempt_that_makes_sent_tokens_again_resets_though_its_start_wa
     log = [chunk_of(JOB, 0, 3), chunk_of(JOB, 3, 4, attempt=2)]
     events = [event for chunk in log for event in cursor.take(chunk)]
     assert [event.data["index"] for event in events] == [0, 3]
+
+
+def row_of(attempt: int, ids: list[int]) -> Any:
+    """Return the row of a job that an attempt has ended, as the cursor reads it."""
+    return {
+        "id": JOB,
+        "attempt": attempt,
+        "status": "succeeded",
+        "finish_reason": "stop",
+        "prompt_tokens": 1,
+        "cached_tokens": 0,
+        "output_gen": 0,
+        "output_token_ids": ids,
+        "output_text": "".join(token_text(i) for i in range(len(ids))),
+        "output_ends": list(accumulate(len(token_text(i)) for i in range(len(ids)))),
+        "output_logprobs": None,
+        "error_code": None,
+        "error_text": None,
+    }
+
+
+@pytest.mark.parametrize("resume", [Resume(), Resume(2, 0)])
+@pytest.mark.parametrize("num_more", [0, 3])
+def test_an_attempt_that_only_its_row_tells_of_went_on_where_the_log_stops(resume, num_more):
+    # A partition: the attempt before is cut off, the next one's frames are lost or held no token.
+    cursor = StreamCursor(JOB, resume)
+    first = chunk_of(JOB, 0, 5)
+    cursor.take(first)
+    row = row_of(3, [*first.ids, *range(7000, 7000 + num_more)])
+    events = cursor.take_row(row)
+    assert names(events) == (["token"] if num_more else []) + ["succeeded"]
+    assert cursor.next == 5 + num_more
+
+
+@pytest.mark.parametrize("resume", [Resume(), Resume(2, 0)])
+def test_a_row_that_contradicts_what_was_sent_resets(resume):
+    cursor = StreamCursor(JOB, resume)
+    cursor.take(chunk_of(JOB, 0, 5))
+    client = Client()
+    events = cursor.take_row(row_of(2, [7000 + i for i in range(6)]))
+    assert names(events) == ["reset", "token", "succeeded"]
+    client.see(events)
+    assert client.ids == [7000 + i for i in range(6)]
 
 
 def test_a_late_start_message_resets_nothing():

@@ -15,8 +15,9 @@ from sqlalchemy import select, text, update
 
 from headrace.contract import database, redis_client, wire
 from headrace.contract.accounts import Accounts
+from headrace.contract.crashes import Crashes, InHand
 from headrace.contract.ids import new_id
-from headrace.contract.ledger import Cancel, Ledger
+from headrace.contract.ledger import Cancel, Ending, Ledger
 from headrace.contract.live import Live
 from headrace.contract.operators import Operators
 from headrace.contract.pauses import Pauses
@@ -25,9 +26,9 @@ from headrace.contract.roles import Role
 from headrace.contract.specs import spec_of
 from headrace.contract.streams import JobStreams, Workers
 from headrace.contract.tokens import TokenLog
-from headrace.contract.wire import JobStatus
+from headrace.contract.wire import FinishReason, JobStatus
 from headrace.gateway.upkeep import Upkeep
-from headrace.tests.gateway.courier import MODEL, Courier, Held
+from headrace.tests.gateway.courier import MODEL, PROMPT_TOKENS, Courier, Held
 
 LEASE_S = 0.05
 
@@ -137,10 +138,13 @@ def parts(redis_url, database_url) -> Iterator[Parts]:
     client.close()
 
 
-def settle(parts: Parts) -> None:
-    """Let this Redis have had its memory for longer than a lease."""
-    while parts.workers.epoch_age_ms() <= LEASE_S * 1000:
+def sweep_a_lease_later(parts: Parts) -> int:
+    """Sweep, which notices what is missing, and again when it has been for longer than a lease."""
+    assert parts.upkeep.sweep() == 0
+    noticed = time.monotonic()
+    while time.monotonic() - noticed <= LEASE_S:
         pass
+    return parts.upkeep.sweep()
 
 
 def beat(parts: Parts, worker: str) -> None:
@@ -207,21 +211,25 @@ def test_invariant_2_a_queued_job_that_redis_lost_is_put_back(parts):
     assert parts.claimable() == [job]
 
 
-def test_a_running_job_that_redis_lost_is_left_to_its_living_worker(parts):
+def test_invariant_2_a_suspect_that_redis_lost_is_put_back_as_one(parts):
+    job, held = hand_back(parts)
+    parts.ledger.pick_up([job], "w1")
+    in_hand = InHand(job, held.attempt + 1, 0, Ending(JobStatus.FAILED, FinishReason.ERROR))
+    Crashes(parts.engine).record([in_hand], "w1", "s", "d", is_certain=True, was_alone=True)
+    parts.client.flushall()
+    assert parts.upkeep.sweep() == 1
+    (depth,) = parts.streams.depths(MODEL)
+    assert (depth.num_queued, depth.is_of_suspects) == (1, True)
+
+
+def test_a_running_job_that_redis_lost_is_left_to_its_worker_for_a_lease(parts):
     parts.enqueue(parts.accept())
     held = parts.courier.take()
     parts.client.flushall()
-    settle(parts)
-    beat(parts, parts.courier.name)
-    assert parts.upkeep.sweep() == 0
+    assert parts.upkeep.sweep() == 0, "its worker may restore it"
     assert parts.row(held.claim.job)["status"] == JobStatus.RUNNING
-
-
-def test_a_running_job_that_redis_lost_waits_until_a_living_worker_had_time_to_restore(parts):
-    parts.enqueue(parts.accept())
-    parts.courier.take()
-    parts.client.flushall()
-    assert parts.upkeep.sweep() == 0, "this Redis has just begun"
+    parts.courier.restore(held)
+    assert sweep_a_lease_later(parts) == 0
 
 
 def test_a_running_job_that_redis_lost_and_whose_worker_is_dead_is_put_back(parts):
@@ -229,9 +237,29 @@ def test_a_running_job_that_redis_lost_and_whose_worker_is_dead_is_put_back(part
     parts.enqueue(job)
     parts.courier.take()
     parts.client.flushall()
-    settle(parts)
-    assert parts.upkeep.sweep() == 1
+    assert sweep_a_lease_later(parts) == 1
     assert parts.claimable() == [job]
+
+
+def test_a_running_job_that_redis_lost_is_put_back_though_its_worker_came_back(parts):
+    """A worker that died with Redis and was started again beats under its name."""
+    job = parts.accept()
+    parts.enqueue(job)
+    parts.courier.take()
+    parts.client.flushall()
+    beat(parts, parts.courier.name)
+    assert sweep_a_lease_later(parts) == 1
+    assert parts.claimable() == [job]
+
+
+def test_a_job_that_redis_lost_twice_is_left_to_its_worker_each_time(parts):
+    parts.enqueue(parts.accept())
+    held = parts.courier.take()
+    for _ in range(2):
+        parts.client.flushall()
+        assert parts.upkeep.sweep() == 0
+        parts.courier.restore(held)
+        assert sweep_a_lease_later(parts) == 0
 
 
 def test_a_dead_workers_canceled_job_ends_with_the_tokens_of_its_log(parts):
@@ -245,9 +273,10 @@ def test_a_dead_workers_canceled_job_ends_with_the_tokens_of_its_log(parts):
     row = parts.row(job)
     assert (row["status"], row["output_text"]) == (JobStatus.CANCELED, held.text)
     assert row["output_token_ids"] == held.ids
+    assert row["prompt_tokens"] == PROMPT_TOKENS
     view = parts.tokens.read(MODEL, job)
     assert view.end is not None
-    assert view.end.next == 5
+    assert (view.end.next, view.end.prompt_tokens) == (5, PROMPT_TOKENS)
 
 
 def hand_back(parts: Parts) -> tuple[str, Held]:
