@@ -25,8 +25,8 @@ from headrace.worker import frames
 from headrace.worker.engine.architecture import Architecture
 from headrace.worker.engine.batch import Batch
 from headrace.worker.engine.loop import Engine
-from headrace.worker.engine.runner import StubRunner
-from headrace.worker.engine.sampling import Sampled
+from headrace.worker.engine.sampled import Sampled
+from headrace.worker.engine.stub import StubRunner
 from headrace.worker.frames import Admit, EngineConfig, SamplingParams
 
 BLOCK_SIZE = 64

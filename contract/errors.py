@@ -4,26 +4,34 @@
     +-- InvalidRequest           400  what the client sent cannot be meant
     |   +-- InvalidJson, UnknownField, MissingField, WrongType, OutOfRange, InvalidText
     |   +-- WrongPassword, PromptChoice, InvalidEventId, InvalidCursor, InvalidHeader, NotConfirmed
+    |   +-- InvalidHttp                   not even a request
     +-- Unauthenticated          401
     |   +-- LoginRefused
     +-- Forbidden                403  known, but its role does not allow it
     |   +-- CsrfRefused
     +-- NotFound                 404  no such job, or another tenant's: the two are not told apart
     +-- MethodNotAllowed         405
+    +-- BodyTimeout              408  its body came too slowly
     +-- Conflict                 409  the job's state does not allow it
     |   +-- JobAlreadyEnded, LastAdmin, NameTaken, NotPaused
     |   +-- JobNotRetryable, JobNotQueued, BulkChanged
+    |   +-- LetterReplayed, ReplayUnderWay, ReplayEnded
     +-- BodyTooLarge             413
+    +-- UriTooLong               414
     +-- UnsupportedMediaType     415
+    +-- ExpectationFailed        417
     +-- Unprocessable            422  well-formed, but this fleet cannot do it
     |   +-- UnknownModel, PromptTooLong, TokenOutOfVocabulary, ChatTemplateRefused
     |   +-- IdempotencyMismatch, BulkTooLarge
     +-- LockedOut                429  too many wrong passwords
+    +-- Overloaded               429  more waits than is let in: come back after Retry-After
+    |   +-- QueueFull, TenantQueueFull
+    +-- HeaderTooLarge           431
     +-- Unavailable              503  try again
     |   +-- DatabaseUnavailable, QueueUnavailable, LoginBusy
     |   +-- SearchTooBroad                 not before it is narrowed
     +-- JobFailed                     how a job that was accepted can end (kept in the job's row)
-    |   +-- EngineRefused, DeadlineExceeded
+    |   +-- EngineRefused, DeadlineExceeded, Poison
     +-- ConfigurationError            a process cannot start like this
     +-- WireError                     bytes that are not a message of this version (wire.py)
 
@@ -98,6 +106,10 @@ class InvalidHeader(InvalidRequest):
     code = "invalid_header"
 
 
+class InvalidHttp(InvalidRequest):
+    code = "invalid_http"  # a head or a body that RFC 9112 does not allow
+
+
 class NotConfirmed(InvalidRequest):
     code = "not_confirmed"  # what was typed is not what is to be destroyed
 
@@ -130,6 +142,12 @@ class MethodNotAllowed(HeadraceError):
     http_status = 405
 
 
+class BodyTimeout(HeadraceError):
+    code = "body_timeout"
+    http_status = 408
+    retryable = True
+
+
 class Conflict(HeadraceError):
     code = "conflict"
     http_status = 409
@@ -151,6 +169,18 @@ class BulkChanged(Conflict):
     code = "bulk_changed"  # the filter matches other jobs than when it was counted
 
 
+class LetterReplayed(Conflict):
+    code = "letter_replayed"  # once already; it may be asked for again by name
+
+
+class ReplayUnderWay(Conflict):
+    code = "replay_under_way"  # of the same letters
+
+
+class ReplayEnded(Conflict):
+    code = "replay_ended"
+
+
 class LastAdmin(Conflict):
     code = "last_admin"
 
@@ -168,9 +198,24 @@ class BodyTooLarge(HeadraceError):
     http_status = 413
 
 
+class UriTooLong(HeadraceError):
+    code = "uri_too_long"
+    http_status = 414
+
+
 class UnsupportedMediaType(HeadraceError):
     code = "unsupported_media_type"
     http_status = 415
+
+
+class ExpectationFailed(HeadraceError):
+    code = "expectation_failed"
+    http_status = 417
+
+
+class HeaderTooLarge(HeadraceError):
+    code = "header_too_large"
+    http_status = 431
 
 
 class Unprocessable(HeadraceError):
@@ -208,6 +253,20 @@ class LockedOut(HeadraceError):
     retryable = True
 
 
+class Overloaded(HeadraceError):
+    code = "overloaded"
+    http_status = 429
+    retryable = True
+
+
+class QueueFull(Overloaded):
+    code = "queue_full"  # of the model: jobs or tokens
+
+
+class TenantQueueFull(Overloaded):
+    code = "tenant_queue_full"  # others may still get in
+
+
 class Unavailable(HeadraceError):
     code = "unavailable"
     http_status = 503
@@ -243,6 +302,10 @@ class EngineRefused(JobFailed):
 
 class DeadlineExceeded(JobFailed):
     code = "deadline_exceeded"
+
+
+class Poison(JobFailed):
+    code = "poison"  # it ran alone and its engine died of it: it has a dead letter
 
 
 class ConfigurationError(HeadraceError):

@@ -10,9 +10,14 @@ Per model, written by the scripts of `streams.py` and `tokens.py` alone:
       one entry a queued or running job: `job` id, `spec` wire.JobSpec, `cost` tokens.
       writer gateway and tasks (enqueue); reader courier (claim); an entry is deleted when the
       job ends, so what is in the stream is what is not done. The lease is the entry's idle time
-      in the group's pending list.
+      in the group's pending list. Priority `restored`: what a worker put back into a Redis that
+      had lost it; `suspect`: jobs that run apart from others (crashes.py).
   hr:{m}:lanes     set of lane names that hold entries nobody was given yet      (enqueue, claim)
   hr:{m}:held      set of lane names with entries that were given and not ended   (claim, end)
+  hr:{m}:suspects  set of lane names `<class>:suspect:<tenant>` that hold entries; they are in
+      neither `lanes` nor `held`                             (hand back, enqueue; claim, end)
+  hr:{m}:trial     string: the busy worker that is given nothing, so that it can try suspects once
+      it has nothing in hand; lifetime a few of its claims                         (claim)
   hr:{m}:served    hash tenant -> tokens served, the scale of fairness            (append, enqueue)
       field '' holds what the tenant of the job that ended last was served        (finish)
   hr:{m}:urgent    zset `<lane>|<entry id>`, score = ms at which a deadline makes its lane jump
@@ -22,7 +27,9 @@ Per model, written by the scripts of `streams.py` and `tokens.py` alone:
       worker       who holds it
       next         index of the next token of the log
       gen          which log this is: 0, or the attempt before the one that had to start it anew
+      prompt       tokens of the prompt, as its worker counted them: usage, should it die
       cancel       set once cancellation was asked
+      suspect      its level (crashes.py), as its row says; without the field it is none
       end          set once the end record is in the log
   hr:{m}:log:<id>  list of wire.TokenChunk, then one wire.JobEnd: the token log  (append; follower)
       lifetime: RUNNING_TTL_S after the last write; LOG_TTL_S after the end (Postgres has it then)
@@ -32,6 +39,8 @@ Per model, written by the scripts of `streams.py` and `tokens.py` alone:
       tokens                                                                 (append)
       takeovers, jobs taken from a silent worker                             (claim)
       reader sampler
+  hr:{m}:waiting   hash, two fields a lane: jobs:<lane>, tokens:<lane>, of the entries that nobody
+      was given yet; deleted when the lane is found empty  (enqueue, claim, end, move; admission)
   hr:{m}:takeovers hash lane name -> takeovers; lifetime TAKEOVERS_TTL_S after the last one (claim)
   hr:{m}:paused    set of `<class>:<tenant>`, `*` for all: claim gives nothing new of such lanes;
       a copy of the table queue_pauses                               (gateway, sweeper; claim)
@@ -41,7 +50,6 @@ Fleet-wide:
   hr:worker:<id>   string wire.WorkerBeat, lifetime three beats                   (courier; sweeper)
   hr:worker-last:<id>  the same, lifetime WORKER_LAST_S: what it was when it died (courier; gateway)
   hr:workers       zset worker id -> ms of its last beat                          (courier; gateway)
-  hr:epoch         string: ms at which this Redis was first seen; gone = it was wiped  (sweeper)
   hr:streams       hash gateway shard -> `<ms of report>:<open event streams>`  (gateway; sampler)
 
 Written by the sampler (tasks), read by it and the dashboards of the gateways; see live.py:
@@ -75,8 +83,10 @@ TAKEOVERS_TTL_S = 24 * 3600
 #: Seconds a worker's last beat is kept after it went silent.
 WORKER_LAST_S = 3600
 
+#: What stands for the priority in the lane of a suspect.
+SUSPECT = "suspect"
+
 WORKERS = "hr:workers"
-EPOCH = "hr:epoch"
 STREAMS = "hr:streams"
 SAMPLE = "hr:sample"
 SAMPLER = "hr:sampler"
@@ -120,6 +130,10 @@ def subscribers(model: str, job: str) -> str:
 
 def counts(model: str) -> str:
     return f"{prefix(model)}counts"
+
+
+def waiting(model: str) -> str:
+    return f"{prefix(model)}waiting"
 
 
 def takeovers(model: str) -> str:

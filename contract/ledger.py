@@ -78,6 +78,7 @@ class PickUp:
     waited_s: float = 0.0  # since it was accepted, handed back, or given to an attempt that died
     was_lost: bool = False  # the last of these three
     asked_at: float = 0.0  # monotonic s of the caller, at the transaction's begin
+    suspect: int = 0  # crashes.py: among whom it may run
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ _PICKED_UP = (
     jobs.c.attempt,
     jobs.c.status,
     jobs.c.cancel_requested_at,
+    jobs.c.suspect,
     _seconds_since(jobs.c.created_at).label("age_s"),
 )
 
@@ -115,7 +117,8 @@ def _seconds(seconds: float) -> ColumnElement[timedelta]:
     return func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
 
-def _columns_of(ending: Ending) -> dict[str, Any]:
+def columns_of(ending: Ending) -> dict[str, Any]:
+    """Return what an ending writes into a job's row."""
     return {
         "status": ending.status,
         "finish_reason": ending.finish_reason,
@@ -198,6 +201,13 @@ class Ledger:
                 f"(job {row['id']}): send the same body, or a new key"
             )
         return Accepted(row, is_replay=True)
+
+    def has_key(self, tenant_id: str, idempotency_key: str) -> bool:
+        """Say whether an earlier request with this key was accepted."""
+        key = idempotency_keys.c
+        query = select(key.job_id).where(key.tenant_id == tenant_id, key.key == idempotency_key)
+        with database_errors("look up key"), self._single.connect() as db:
+            return db.execute(query).first() is not None
 
     def job(self, job_id: str, *, tenant_id: str | None = None) -> RowMapping | None:
         """Return a job's whole row; None when there is none, or it is another tenant's."""
@@ -294,6 +304,7 @@ class Ledger:
                     waited_s=max(0.0, waited_s),
                     was_lost=was_lost,
                     asked_at=asked_at,
+                    suspect=row.suspect,
                 )
             if started:
                 db.execute(
@@ -316,7 +327,7 @@ class Ledger:
             done = db.execute(
                 update(jobs)
                 .where(this, jobs.c.status == JobStatus.RUNNING)
-                .values(**_columns_of(ending))
+                .values(**columns_of(ending))
             )
             if not done.rowcount:
                 row = db.execute(select(jobs.c.status).where(this)).first()
@@ -443,7 +454,7 @@ class Ledger:
                 jobs.c.attempt == attempt,
                 jobs.c.status == JobStatus.QUEUED,
             )
-            .values(**_columns_of(ending))
+            .values(**columns_of(ending))
         )
         with database_errors(f"end {job_id}"), self._engine.begin() as db:
             return bool(db.execute(statement).rowcount)

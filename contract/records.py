@@ -21,6 +21,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    SmallInteger,
     Table,
     Text,
     func,
@@ -47,6 +48,10 @@ _OPEN = "status in ('queued', 'running')"
 
 def _now() -> Column[object]:
     return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+def _count(name: str, kind: type[Integer] = Integer) -> Column[int]:
+    return Column(name, kind, nullable=False, server_default=text("0"))
 
 
 tenants = Table(
@@ -113,6 +118,11 @@ jobs = Table(
     Column("output_gen", Integer),  # which log it was (keys.py): resumes are checked against it
     Column("made_from", Text),  # the job that an operator retried or cloned
     Column("traceparent", Text),  # W3C trace context of the request that made it
+    # Written by crashes.py alone, which says what they mean.
+    _count("num_crashes", SmallInteger),  # deaths of an engine that ran it, for certain of a job
+    _count("suspect", SmallInteger),  # 0 | 1 runs among suspects only | 2 runs alone
+    _count("num_losses", SmallInteger),  # other deaths in a row in which it gained no token
+    Column("lost_at", Integer),  # tokens in its log at the last of those
     CheckConstraint(
         "status in ('queued', 'running', 'succeeded', 'failed', 'canceled', 'expired')",
         name="status",
@@ -160,13 +170,50 @@ attempts = Table(
     Column("worker", Text, nullable=False),
     Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("ended_at", DateTime(timezone=True)),  # null: running, or replaced by a newer attempt
-    Column("outcome", Text),  # a terminal status, or handed_back
+    # A terminal status, handed_back, or what its engine died of: crashed (certain), lost (not).
+    Column("outcome", Text),
     # Where its time went, ms after started_at by the worker's clock; null: it never told.
     Column("admitted_ms", Integer),  # tokenised and given to the engine
     Column("first_token_ms", Integer),  # the prompt is computed
     Column("last_token_ms", Integer),
     Column("resumed_at", Integer),  # tokens it found in the log
     Column("num_tokens", Integer),  # tokens it made itself
+    Column("signature", Text),  # of what its engine died of; null: it did not
+)
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.id"), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("signature", Text, nullable=False),  # equal where the cause is: worker/evidence.py
+    Column("detail", Text, nullable=False),
+    Column("num_runs", Integer, nullable=False),  # that died with it in hand
+    _now(),
+    Column("replayed_at", DateTime(timezone=True)),
+    Column("replayed_as", Text),  # id of the job that was made of it
+    Index("ix_dead_letters_signature_job_id", "signature", "job_id"),
+    Index("ix_dead_letters_model_job_id", "model", "job_id"),
+    Index("ix_dead_letters_tenant_id_job_id", "tenant_id", "job_id"),
+    Index("ix_dead_letters_created_at", "created_at"),
+)
+
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("filter", JSONB(), nullable=False),  # which dead letters
+    Column("rate_per_min", Integer, nullable=False),
+    Column("by", Text, nullable=False),  # who ordered it, as in the audit log
+    _now(),
+    Column("num_matched", Integer, nullable=False),  # when it was ordered
+    _count("num_done"),
+    _count("num_refused"),
+    # Up to when its rate is spent.
+    Column("paced_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("canceled_by", Text),
 )
 
 outbox = Table(

@@ -4,17 +4,73 @@ Keys are those of `keys.py`, built from the prefix in ARGV[1]; KEYS[1] only rout
 slot of its model. Times are the server's. Every script may be run again after an error whose
 outcome is unknown; what a repeat does is said where it is not obvious.
 
-Called by: contract.streams (lanes), contract.tokens (logs), and nothing else.
+count_waiting, none_waits and cost_of are waiting.py's, which streams.py puts in front.
+
+Called by: contract.streams (lanes), contract.tokens (logs), and nothing else. CLAIM, the longest,
+is in claim_script.py.
 
 Size: the operations are read against one another (who sets, who deletes a field), so they stay
 together.
 """
 
-ENQUEUE = """
--- KEYS 1 lanes | ARGV prefix job lane tenant spec cost urgent_ms ttl_s
+_SUSPECT = """
+local function suspect_lane(lane)
+  local class, tenant = lane:match('^([^:]*):[^:]*:(.*)$')
+  return class..':suspect:'..tenant
+end
+local function wait_among_suspects(lane, job, spec, cost, level)
+  -- Pending under nobody from the start, as what is handed back: only CLAIM's trials look there.
+  local stream = P..'lane:'..lane
+  if redis.call('EXISTS', stream) == 0 then
+    redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+  end
+  local id = redis.call('XADD', stream, '*', 'job', job, 'spec', spec, 'cost', cost)
+  -- Each entry of this lane is read at once, so '>' is exactly this one.
+  redis.call('XREADGROUP', 'GROUP', 'workers', 'nobody', 'STREAMS', stream, '>')
+  redis.call('XCLAIM', stream, 'workers', 'nobody', 0, id, 'IDLE', 1000000000, 'JUSTID')
+  redis.call('SADD', P..'suspects', lane)
+  redis.call('HSET', P..'job:'..job, 'lane', lane, 'entry', id, 'suspect', level)
+  redis.call('PUBLISH', P..'wake', 'work')
+end
+"""
+
+_LEAVE = """
+local function leave(lane, id)  -- delete a job's entry, and the lane with its last
+  local stream = P..'lane:'..lane
+  if redis.call('EXISTS', stream) == 1 then
+    if redis.call('XACK', stream, 'workers', id) == 0 then  -- nobody was given it
+      local cost = cost_of(stream, id)
+      if cost then count_waiting(lane, -1, -cost) end
+    end
+    redis.call('XDEL', stream, id)
+    if redis.call('XLEN', stream) == 0 then
+      none_waits(lane)
+      redis.call('DEL', stream)
+      redis.call('SREM', P..'lanes', lane)
+      redis.call('SREM', P..'held', lane)
+      redis.call('SREM', P..'suspects', lane)
+    elseif redis.call('XPENDING', stream, 'workers')[1] == 0 then
+      redis.call('SREM', P..'held', lane)
+    end
+  end
+  redis.call('ZREM', P..'urgent', lane..'|'..id)
+end
+"""
+
+ENQUEUE = (
+    """
+-- KEYS 1 lanes | ARGV prefix job lane tenant spec cost urgent_ms ttl_s suspect
 local P, job, lane, tenant = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local hash, stream = P..'job:'..job, P..'lane:'..lane
 if redis.call('HEXISTS', hash, 'lane') == 1 then return 0 end
+"""
+    + _SUSPECT
+    + """
+if ARGV[9] ~= '0' then
+  wait_among_suspects(suspect_lane(lane), job, ARGV[5], ARGV[6], ARGV[9])
+  redis.call('EXPIRE', hash, ARGV[8])
+  return 1
+end
 if redis.call('EXISTS', stream) == 0 then
   redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
 end
@@ -22,6 +78,7 @@ local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[5], 'cost', 
 redis.call('HSET', hash, 'lane', lane, 'entry', id)
 redis.call('EXPIRE', hash, ARGV[8])
 redis.call('HINCRBY', P..'counts', 'accepted', 1)
+count_waiting(lane, 1, ARGV[6])
 if redis.call('SISMEMBER', P..'lanes', lane) == 0 then
   local present = false
   local function least(set)  -- what the least served other tenant of these lanes was served
@@ -45,146 +102,7 @@ if ARGV[7] ~= '' then redis.call('ZADD', P..'urgent', ARGV[7], lane..'|'..id) en
 redis.call('PUBLISH', P..'wake', 'work')
 return 1
 """
-
-CLAIM = """
--- KEYS 1 lanes | ARGV prefix consumer lease_ms room max_jobs is_idle takeovers_ttl_s
-local P, me, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local room, left, idle = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] == '1'
-local now = redis.call('TIME')
-now = tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000)
-local given = {}
-
-local function fields(entry)
-  local f = {}
-  for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
-  return f
-end
-local function id_after(a, b)  -- stream ids as numbers: a > b
-  local am, as = a:match('^(%d+)-(%d+)$')
-  local bm, bs = b:match('^(%d+)-(%d+)$')
-  am, as, bm, bs = tonumber(am), tonumber(as), tonumber(bm), tonumber(bs)
-  return am > bm or (am == bm and as > bs)
-end
-local function fits(cost)
-  if cost <= room then return true end
-  return idle and #given == 0  -- alone it may have the whole pool; the engine judges the rest
-end
-local function give(kind, lane, id, f)
-  given[#given + 1] = {kind, lane, id, f.job, f.spec, f.cost}
-  room, left = room - tonumber(f.cost), left - 1
-end
-local function is_current(lane, id, f)
-  if redis.call('HGET', P..'job:'..f.job, 'entry') == id then return true end
-  redis.call('XACK', P..'lane:'..lane, 'workers', id)
-  redis.call('XDEL', P..'lane:'..lane, id)
-  return false
-end
-
-for _, lane in ipairs(redis.call('SMEMBERS', P..'held')) do
-  if left <= 0 then return {given, 0} end
-  local stream = P..'lane:'..lane
-  if redis.call('EXISTS', stream) == 0 then
-    redis.call('SREM', P..'held', lane)
-  else
-    for _, p in ipairs(redis.call('XPENDING', stream, 'workers', 'IDLE', lease, '-', '+', left)) do
-      local entry = redis.call('XRANGE', stream, p[1], p[1])[1]
-      if not entry then
-        redis.call('XACK', stream, 'workers', p[1])
-      else
-        local f = fields(entry)
-        if is_current(lane, p[1], f) then
-          if not fits(tonumber(f.cost)) then return {given, 1} end
-          redis.call('XCLAIM', stream, 'workers', me, lease, p[1])
-          if p[2] ~= 'nobody' then  -- handed back in good order is no takeover
-            redis.call('HINCRBY', P..'counts', 'takeovers', 1)
-            redis.call('HINCRBY', P..'takeovers', lane, 1)
-            redis.call('EXPIRE', P..'takeovers', ARGV[7])
-          end
-          give('takeover', lane, p[1], f)
-        end
-      end
-    end
-  end
-end
-
-local function head(lane)  -- the lane's oldest entry nobody was given
-  local stream = P..'lane:'..lane
-  if redis.call('EXISTS', stream) == 0 then return nil, '0-0' end
-  local last = '0-0'
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    for i = 1, #group, 2 do
-      if group[i] == 'last-delivered-id' then last = group[i + 1] end
-    end
-  end
-  return redis.call('XRANGE', stream, '('..last, '+', 'COUNT', 1)[1], last
-end
-local paused, has_pauses = {}, false
-for _, pause in ipairs(redis.call('SMEMBERS', P..'paused')) do
-  paused[pause], has_pauses = true, true
-end
-local function is_paused(lane)
-  if not has_pauses then return false end
-  local class, tenant = lane:match('^([^:]*):[^:]*:(.*)$')
-  return paused['*:*'] or paused[class..':*'] or paused['*:'..tenant] or paused[class..':'..tenant]
-end
-local function urgent_lane()
-  local num_paused = 0  -- met so far: they stay, those behind them get their turn
-  while true do
-    local due = redis.call('ZRANGEBYSCORE', P..'urgent', '-inf', now, 'LIMIT', num_paused, 16)
-    if #due == 0 then return nil end
-    for _, member in ipairs(due) do
-      local lane, id = member:match('^(.*)|([^|]*)$')
-      local entry, last = head(lane)
-      if not (entry and id_after(id, last)) then redis.call('ZREM', P..'urgent', member)
-      elseif is_paused(lane) then num_paused = num_paused + 1
-      else return lane end
-    end
-  end
-end
-local charged = {}  -- what this call gave, so that one call shares too
-local function next_lane()
-  local urgent = urgent_lane()
-  if urgent then return urgent end
-  local class_rank = {interactive = 0, batch = 1}
-  local priority_rank = {high = 0, normal = 1, low = 2}
-  local best, best_key = nil, nil
-  for _, lane in ipairs(redis.call('SMEMBERS', P..'lanes')) do
-    if not is_paused(lane) then
-      local class, priority, tenant = lane:match('^([^:]*):([^:]*):(.*)$')
-      local served = tonumber(redis.call('HGET', P..'served', tenant) or '0')
-      served = served + (charged[tenant] or 0)
-      local key = {class_rank[class] or 9, served, priority_rank[priority] or 9, lane}
-      if not best_key then best, best_key = lane, key end
-      for i = 1, 4 do
-        if key[i] < best_key[i] then best, best_key = lane, key break end
-        if key[i] > best_key[i] then break end
-      end
-    end
-  end
-  return best
-end
-
-while left > 0 do
-  local lane = next_lane()
-  if not lane then return {given, 0} end
-  local entry = head(lane)
-  if not entry then
-    redis.call('SREM', P..'lanes', lane)
-    if redis.call('XLEN', P..'lane:'..lane) == 0 then redis.call('DEL', P..'lane:'..lane) end
-  else
-    local f = fields(entry)
-    if not fits(tonumber(f.cost)) then return {given, 1} end
-    redis.call('XREADGROUP', 'GROUP', 'workers', me, 'COUNT', 1, 'STREAMS', P..'lane:'..lane, '>')
-    if is_current(lane, entry[1], f) then
-      redis.call('SADD', P..'held', lane)
-      local tenant = lane:match('^[^:]*:[^:]*:(.*)$')
-      charged[tenant] = (charged[tenant] or 0) + tonumber(f.cost)
-      give('new', lane, entry[1], f)
-    end
-  end
-end
-return {given, 0}
-"""
+)
 
 RENEW = """
 -- KEYS 1 lanes | ARGV prefix consumer ttl_s (job attempt)...
@@ -199,6 +117,7 @@ for i = 4, #ARGV, 2 do
   elseif tonumber(h[1]) < attempt then state = 'gone'  -- the newest fence was not on disk
   else
     local ok = redis.pcall('XCLAIM', P..'lane:'..h[2], 'workers', me, 0, h[3], 'JUSTID')
+    if ok.err and not ok.err:find('NOGROUP', 1, true) then return ok end  -- e.g. a full disk
     if ok.err or #ok == 0 then state = 'gone'
     else
       redis.call('EXPIRE', hash, ARGV[3])
@@ -210,46 +129,63 @@ end
 return out
 """
 
-FINISH = """
+FINISH = (
+    """
 -- KEYS 1 lanes | ARGV prefix ttl_s (job entry)...     entry '' = whatever the hash names
 local P = ARGV[1]
+"""
+    + _LEAVE
+    + """
 for i = 3, #ARGV, 2 do
   local hash = P..'job:'..ARGV[i]
   local h = redis.call('HMGET', hash, 'lane', 'entry')
   local id = ARGV[i + 1]
   if h[1] and (id == '' or id == h[2]) then
-    local stream = P..'lane:'..h[1]
-    if redis.call('EXISTS', stream) == 1 then
-      redis.call('XACK', stream, 'workers', h[2])
-      redis.call('XDEL', stream, h[2])
-      if redis.call('XLEN', stream) == 0 then
-        redis.call('DEL', stream)
-        redis.call('SREM', P..'lanes', h[1])
-        redis.call('SREM', P..'held', h[1])
-      elseif redis.call('XPENDING', stream, 'workers')[1] == 0 then
-        redis.call('SREM', P..'held', h[1])
-      end
+    if redis.call('EXISTS', P..'lane:'..h[1]) == 1 then
       local tenant = h[1]:match('^[^:]*:[^:]*:(.*)$')
       redis.call('HSET', P..'served', '', redis.call('HGET', P..'served', tenant) or '0')
     end
-    redis.call('ZREM', P..'urgent', h[1]..'|'..h[2])
+    leave(h[1], h[2])
     redis.call('EXPIRE', hash, ARGV[2])
   end
 end
 return 1
 """
+)
 
-HAND_BACK = """
--- KEYS 1 lanes | ARGV prefix job attempt
--- The entry stays pending under nobody with an endless idle time: the next claim takes it first.
-local P, hash = ARGV[1], ARGV[1]..'job:'..ARGV[2]
+HAND_BACK = (
+    """
+-- KEYS 1 lanes | ARGV prefix job attempt suspect
+-- The entry stays pending under nobody with an endless idle time: the next claim takes it first. A
+-- suspect's goes to the lane of suspects; there it is on a repeat, or when its level rises.
+local P, hash, level = ARGV[1], ARGV[1]..'job:'..ARGV[2], ARGV[4]
+"""
+    + _SUSPECT
+    + _LEAVE
+    + """
 local h = redis.call('HMGET', hash, 'attempt', 'lane', 'entry')
 if not h[2] or (h[1] and tonumber(h[1]) > tonumber(ARGV[3])) then return 0 end
-redis.pcall('XCLAIM', P..'lane:'..h[2], 'workers', 'nobody', 0, h[3],
-            'IDLE', 1000000000, 'JUSTID')
+if level ~= '0' then
+  local entry = redis.call('XRANGE', P..'lane:'..h[2], h[3], h[3])[1]
+  if not entry then  -- the sweeper finds a job without a lane, and enqueues it by its row
+    redis.call('HDEL', hash, 'lane', 'entry')
+    return 0
+  end
+  if redis.call('HGET', hash, 'suspect') ~= level then
+    local f = {}
+    for i = 1, #entry[2], 2 do f[entry[2][i]] = entry[2][i + 1] end
+    leave(h[2], h[3])
+    wait_among_suspects(suspect_lane(h[2]), ARGV[2], f.spec, f.cost, level)
+    return 1
+  end
+end
+local ok = redis.pcall('XCLAIM', P..'lane:'..h[2], 'workers', 'nobody', 0, h[3],
+                       'IDLE', 1000000000, 'JUSTID')
+if ok.err and not ok.err:find('NOGROUP', 1, true) then return ok end
 redis.call('PUBLISH', P..'wake', 'work')
 return 1
 """
+)
 
 CANCEL = """
 -- KEYS 1 lanes | ARGV prefix job
@@ -278,6 +214,8 @@ end
 local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[4], 'cost', ARGV[5])
 redis.call('HSET', hash, 'lane', lane, 'entry', id)
 redis.call('SADD', P..'lanes', lane)
+count_waiting(h[1], -1, -cost_of(old, h[2]))
+count_waiting(lane, 1, ARGV[5])
 local due = redis.call('ZSCORE', P..'urgent', h[1]..'|'..h[2])
 if due then
   redis.call('ZREM', P..'urgent', h[1]..'|'..h[2])
@@ -285,6 +223,7 @@ if due then
 end
 redis.call('XDEL', old, h[2])
 if redis.call('XLEN', old) == 0 then
+  none_waits(h[1])
   redis.call('DEL', old)
   redis.call('SREM', P..'lanes', h[1])
   redis.call('SREM', P..'held', h[1])
@@ -294,7 +233,7 @@ return 1
 """
 
 RESTORE = """
--- KEYS 1 lanes | ARGV prefix consumer job attempt gen next lane spec cost ttl_s log...
+-- KEYS 1 lanes | ARGV prefix consumer job attempt gen next lane spec cost ttl_s suspect log...
 -- This Redis lost the job while its worker ran on: the worker puts back what it knows.
 local P, job, attempt = ARGV[1], ARGV[3], tonumber(ARGV[4])
 local hash = P..'job:'..job
@@ -304,24 +243,26 @@ if h[4] or (h[1] and tonumber(h[1]) > attempt) then return 0 end
 local is_longer = h[1] and tonumber(h[1]) == attempt and h[5] == ARGV[5]
   and tonumber(h[6] or '0') > tonumber(ARGV[6]) and redis.call('EXISTS', P..'log:'..job) == 1
 if h[2] then  -- a relay enqueued it again meanwhile: that entry goes, ours replaces it
-  redis.pcall('XACK', P..'lane:'..h[2], 'workers', h[3])
-  redis.pcall('XDEL', P..'lane:'..h[2], h[3])
+  local cost = cost_of(P..'lane:'..h[2], h[3])
+  local num_given = redis.call('XACK', P..'lane:'..h[2], 'workers', h[3])
+  if cost and num_given == 0 then count_waiting(h[2], -1, -cost) end
+  redis.call('XDEL', P..'lane:'..h[2], h[3])
 end
 local lane, stream = ARGV[7], P..'lane:'..ARGV[7]
 if redis.call('EXISTS', stream) == 0 then
   redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
 end
--- Only restored entries go to this lane, and each is read at once, so '>' is exactly this one.
+-- Each entry of this lane (restored ones, or suspects) is read at once, so '>' is exactly this one.
 local id = redis.call('XADD', stream, '*', 'job', job, 'spec', ARGV[8], 'cost', ARGV[9])
 redis.call('XREADGROUP', 'GROUP', 'workers', ARGV[2], 'STREAMS', stream, '>')
-redis.call('SADD', P..'held', lane)
+redis.call('SADD', P..(ARGV[11] == '0' and 'held' or 'suspects'), lane)
 redis.call('HSET', hash, 'lane', lane, 'entry', id, 'attempt', attempt, 'gen', ARGV[5],
-           'worker', ARGV[2])
+           'worker', ARGV[2], 'suspect', ARGV[11])
 redis.call('EXPIRE', hash, ARGV[10])
 if not is_longer then
   redis.call('HSET', hash, 'next', ARGV[6])
   redis.call('DEL', P..'log:'..job)
-  for i = 11, #ARGV do redis.call('RPUSH', P..'log:'..job, ARGV[i]) end
+  for i = 12, #ARGV do redis.call('RPUSH', P..'log:'..job, ARGV[i]) end
 end
 redis.call('EXPIRE', P..'log:'..job, ARGV[10])
 return 1
@@ -445,18 +386,21 @@ return out
 
 ANNOUNCE = (
     """
--- KEYS 1 lanes | ARGV prefix shard_prefix (job attempt payload)...
-local P, SHARD = ARGV[1], ARGV[2]
+-- KEYS 1 lanes | ARGV prefix shard_prefix (job attempt payload prompt_tokens)...
+local P, SHARD, num_refused = ARGV[1], ARGV[2], 0
 """
     + _SHARDS
     + """
-for i = 3, #ARGV, 3 do
+for i = 3, #ARGV, 4 do
   if redis.call('HGET', P..'job:'..ARGV[i], 'attempt') == ARGV[i + 1] then
+    redis.call('HSET', P..'job:'..ARGV[i], 'prompt', ARGV[i + 3])
     send(ARGV[i], ARGV[i + 2])
+  else
+    num_refused = num_refused + 1
   end
 end
 flush()
-return 1
+return num_refused
 """
 )
 

@@ -183,6 +183,9 @@ class GatewaySettings(TracedSettings):
     max_body_bytes: Annotated[
         int, Field(ge=1_024, le=1 << 30, description="Largest request body, bytes.")
     ] = 4 << 20
+    body_timeout_s: Annotated[
+        float, Field(gt=0, le=3600, description="A request's body must be here in so long, s.")
+    ] = 30.0
     max_json_depth: Annotated[
         int, Field(ge=4, le=200, description="Deepest nesting of a JSON body, levels.")
     ] = 32
@@ -193,6 +196,14 @@ class GatewaySettings(TracedSettings):
         float,
         Field(gt=0, le=120, description="Comment line on a silent event stream, every seconds."),
     ] = 10.0
+    write_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=3600,
+            description="An event stream whose client takes nothing for this long is cut off, s.",
+        ),
+    ] = 30.0
     behind_proxy: Annotated[
         bool,
         Field(
@@ -200,6 +211,30 @@ class GatewaySettings(TracedSettings):
             "(X-Forwarded-For, -Proto: it must set both)."
         ),
     ] = False
+    max_queued_jobs: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 40,
+            description="Jobs of a model that may wait; more get 429 (batch: at 80 %); 0: any.",
+        ),
+    ] = 100_000
+    max_queued_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 50,
+            description="The same of tokens, prompt and max_tokens; 0: any.",
+        ),
+    ] = 100_000_000
+    max_queued_jobs_per_tenant: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 40,
+            description="Jobs of one tenant that may wait for a model; 0: any.",
+        ),
+    ] = 0
     db_pool_size: Annotated[
         int, Field(ge=1, le=200, description="Postgres connections a gateway process keeps.")
     ] = 16
@@ -297,6 +332,14 @@ class WorkerSettings(TracedSettings):
         int,
         Field(
             ge=0, le=1 << 30, description="A stub's device is lost after so many steps; 0: never."
+        ),
+    ] = 0
+    stub_poison: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 30,
+            description="Token id; a prompt that holds it kills a stub's engine; 0: none.",
         ),
     ] = 0
 

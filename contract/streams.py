@@ -15,6 +15,7 @@ Invariants:
    back, then a lane whose deadline is near, then class, then the tenant served least, then
    priority. A job too large for the room blocks those behind it (else it would starve). Of a
    paused lane it gives nothing new; what was given once is taken over all the same.
+   Suspects (crashes.py) are given apart from all others, by claim_script.py.
 5. A tenant that has nothing queued cannot save up: its next job finds it at the level of the least
    served one that waits, else of the least served one that runs, else of the one that ended last
    (Sheng et al., "Fairness in Serving Large Language Models", 2024, section 4).
@@ -35,12 +36,22 @@ from enum import IntEnum
 from typing import Any, cast
 
 from headrace.contract import keys, log, scripts, wire
+from headrace.contract.claim_script import CLAIM
 from headrace.contract.redis_client import Client, redis_errors
+from headrace.contract.waiting import COUNT_WAITING
 
 #: A lane jumps when its oldest deadline is nearer than this, ms.
 URGENT_BEFORE_MS = 10_000
+#: A lease so long that only entries which were handed back are past it (scripts.HAND_BACK).
+ONLY_HANDED_BACK_MS = 1_000_000_000
 #: Lanes one script looks at for their depths: about 2 ms in which Redis does nothing else.
 DEPTHS_BATCH = 200
+#: Suspects of level 1 that run together: a poison among them puts so many more under suspicion.
+MAX_TRIAL_GROUP = 8
+#: ms a suspect waits for a worker that is idle; then a busy one is kept from new work until it is.
+TRIAL_AFTER_MS = 10_000
+#: ms after its last claim for which such a worker is the one: a few times intake's POLL_S.
+TRIAL_TTL_MS = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +64,14 @@ class Claim:
     lane: str
     entry: str
     is_takeover: bool
+    suspect: int = 0  # its level; a claim with any holds only such of one level
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
     claims: tuple[Claim, ...]
     is_blocked: bool  # the next job did not fit: ask again when there is more room
+    is_trial: bool = False  # suspects: nothing may run beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,10 @@ class LaneDepth:
         """Return class and tenant."""
         job_class, _, tenant = self.lane.split(":", 2)
         return job_class, tenant
+
+    @property
+    def is_of_suspects(self) -> bool:
+        return self.lane.split(":", 2)[1] == keys.SUSPECT
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +117,21 @@ class JobStreams:
 
     def __init__(self, client: Client) -> None:
         self._client: Any = client  # its own annotations are partial
-        self._enqueue = client.register_script(scripts.ENQUEUE)
-        self._claim = client.register_script(scripts.CLAIM)
+        self._enqueue = client.register_script(COUNT_WAITING + scripts.ENQUEUE)
+        self._claim = client.register_script(COUNT_WAITING + CLAIM)
         self._renew = client.register_script(scripts.RENEW)
-        self._finish = client.register_script(scripts.FINISH)
-        self._hand_back = client.register_script(scripts.HAND_BACK)
+        self._finish = client.register_script(COUNT_WAITING + scripts.FINISH)
+        self._hand_back = client.register_script(COUNT_WAITING + scripts.HAND_BACK)
         self._cancel = client.register_script(scripts.CANCEL)
-        self._move = client.register_script(scripts.MOVE)
-        self._restore = client.register_script(scripts.RESTORE)
+        self._move = client.register_script(COUNT_WAITING + scripts.MOVE)
+        self._restore = client.register_script(COUNT_WAITING + scripts.RESTORE)
         self._depths = client.register_script(scripts.DEPTHS)
 
-    def enqueue(self, spec: wire.JobSpec, cost_tokens: int) -> bool:
-        """Put the job in its lane; False when it is already there. Safe to repeat."""
+    def enqueue(self, spec: wire.JobSpec, cost_tokens: int, *, suspect: int = 0) -> bool:
+        """Put the job in its lane; False when it is already there. Safe to repeat.
+
+        A suspect of that level (its row says so) waits among suspects.
+        """
         urgent = "" if spec.deadline_ms is None else spec.deadline_ms - URGENT_BEFORE_MS
         lane = keys.lane(spec.job_class, spec.priority, spec.tenant)
         with redis_errors(f"enqueue {spec.job}"):
@@ -127,6 +147,7 @@ class JobStreams:
                         cost_tokens,
                         urgent,
                         keys.RUNNING_TTL_S,
+                        suspect,
                     ],
                 )
             )
@@ -139,12 +160,12 @@ class JobStreams:
         lease_ms: int,
         room_tokens: int,
         max_jobs: int,
-        is_idle: bool,
+        is_idle: bool,  # nothing in hand, nothing on its way out: only such may try suspects
     ) -> Claimed:
         """Take over and claim up to `max_jobs` jobs whose cost fits into `room_tokens`."""
         with redis_errors("claim"):
             reply = cast(
-                "tuple[list[list[bytes]], int]",
+                "tuple[list[list[Any]], int, int]",
                 self._claim(
                     keys=[keys.prefix(model) + "lanes"],
                     args=[
@@ -155,6 +176,9 @@ class JobStreams:
                         max_jobs,
                         int(is_idle),
                         keys.TAKEOVERS_TTL_S,
+                        MAX_TRIAL_GROUP,
+                        TRIAL_AFTER_MS,
+                        TRIAL_TTL_MS,
                     ],
                 ),
             )
@@ -166,10 +190,11 @@ class JobStreams:
                 lane=lane.decode(),
                 entry=entry.decode(),
                 is_takeover=kind == b"takeover",
+                suspect=suspect,
             )
-            for kind, lane, entry, job, spec, cost in reply[0]
+            for kind, lane, entry, job, spec, cost, suspect in reply[0]
         )
-        return Claimed(claims, bool(reply[1]))
+        return Claimed(claims, bool(reply[1]), bool(reply[2]))
 
     def renew(self, model: str, worker: str, held: Sequence[tuple[str, int]]) -> list[str]:
         """Renew the leases of (job, attempt) pairs; per pair: held, cancel, lost or gone.
@@ -196,12 +221,16 @@ class JobStreams:
         with redis_errors("acknowledge"):
             self._finish(keys=[keys.prefix(model) + "lanes"], args=args)
 
-    def hand_back(self, model: str, job: str, attempt: int) -> bool:
-        """Let the next claim of any worker have the job at once; False if it is not ours."""
+    def hand_back(self, model: str, job: str, attempt: int, *, suspect: int = 0) -> bool:
+        """Let the next claim of any worker have the job at once; False if it is not ours.
+
+        A suspect goes among the suspects, and stays there when it is handed back without a level.
+        """
         with redis_errors(f"hand back {job}"):
             return bool(
                 self._hand_back(
-                    keys=[keys.prefix(model) + "lanes"], args=[keys.prefix(model), job, attempt]
+                    keys=[keys.prefix(model) + "lanes"],
+                    args=[keys.prefix(model), job, attempt, suspect],
                 )
             )
 
@@ -230,11 +259,13 @@ class JobStreams:
         attempt: int,
         gen: int,
         log: Sequence[wire.TokenChunk],
+        suspect: int = 0,
     ) -> bool:
         """Put a running job back into a Redis that lost it; False if a newer attempt has it."""
         args: list[Any] = [keys.prefix(spec.model), worker, spec.job, attempt, gen]
-        args += [log[-1].next if log else 0, keys.lane(spec.job_class, "restored", spec.tenant)]
-        args += [wire.encode(spec), cost_tokens, keys.RUNNING_TTL_S]
+        kind = keys.SUSPECT if suspect else "restored"
+        args += [log[-1].next if log else 0, keys.lane(spec.job_class, kind, spec.tenant)]
+        args += [wire.encode(spec), cost_tokens, keys.RUNNING_TTL_S, suspect]
         args += [wire.encode(chunk) for chunk in log]
         with redis_errors(f"restore {spec.job}"):
             return bool(self._restore(keys=[keys.prefix(spec.model) + "lanes"], args=args))
@@ -254,7 +285,8 @@ class JobStreams:
         prefix = keys.prefix(model)
         found: list[LaneDepth] = []
         with redis_errors("queue depth"):
-            names = cast("set[bytes]", self._client.sunion(prefix + "lanes", prefix + "held"))
+            sets = [prefix + name for name in ("lanes", "held", "suspects")]
+            names = cast("set[bytes]", self._client.sunion(sets))
             lanes = sorted(names)
             for start in range(0, len(lanes), DEPTHS_BATCH):
                 args = [prefix, *lanes[start : start + DEPTHS_BATCH]]
@@ -281,7 +313,7 @@ def _depth(row: list[Any]) -> LaneDepth:
 
 
 class Workers:
-    """Heartbeats of workers, and the epoch that tells a wiped Redis from an old one."""
+    """Heartbeats of workers."""
 
     def __init__(self, client: Client) -> None:
         self._client: Any = client  # its own annotations are partial
@@ -342,15 +374,6 @@ class Workers:
                 age_ms = max(0, keys.WORKER_LAST_S * 1000 - left_ms)
                 found.append(SeenWorker(beat, age_ms, bool(is_alive)))
         return sorted(found, key=lambda worker: worker.beat.worker)
-
-    def epoch_age_ms(self) -> int:
-        """Return how long this Redis has had its memory; 0 the first time it is seen."""
-        now = int(time.time() * 1000)
-        with redis_errors("epoch"):
-            if self._client.set(keys.EPOCH, now, nx=True):
-                return 0
-            value = cast("bytes | None", self._client.get(keys.EPOCH))
-        return 0 if value is None else max(0, now - int(value))
 
     def ping(self) -> None:
         """Raise QueueUnavailable unless Redis answers."""

@@ -49,6 +49,7 @@ class JobStatus(StrEnum):
     (new) -> QUEUED               [ledger.accept_job]
     QUEUED -> RUNNING             [ledger.pick_up]
     RUNNING -> QUEUED             [ledger.hand_back]     drain
+    RUNNING -> QUEUED, FAILED     [crashes.record, crashes.found_lost]  its engine or worker died
     RUNNING -> RUNNING            [ledger.pick_up]       takeover: the attempt grows
     RUNNING -> SUCCEEDED, FAILED, CANCELED, EXPIRED      [ledger.finish]
     QUEUED -> CANCELED            [ledger.request_cancel]  no attempt was made; else end_queued

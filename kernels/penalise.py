@@ -23,13 +23,12 @@ Numerics: fp32 throughout.
 import torch
 
 from headrace.kernels.checks import check_logits, check_rows, check_table
+from headrace.kernels.limits import MAX_BIAS
 from headrace.kernels.triton_seam import tl, triton
 
 #: Most times generated that a count can tell: 2 * 16383 + 1 is the largest int16.
 MAX_COUNT = 16383
 _MAX_COUNT = tl.constexpr(MAX_COUNT)  # pyright: ignore[reportCallIssue]
-#: Most tokens whose bias a slot may hold: what the API takes, as OpenAI does.
-MAX_BIAS = 300
 
 
 def penalise_reference(

@@ -28,11 +28,9 @@ Called by: worker/engine/gpu_model.py and gpu_state.py.
 import torch
 
 from headrace.kernels.checks import check_tensor
-from headrace.kernels.penalise import MAX_BIAS, count_token_at
+from headrace.kernels.limits import MAX_BIAS, MAX_STOPS
+from headrace.kernels.penalise import count_token_at
 from headrace.kernels.triton_seam import tl, triton
-
-#: Stop tokens a sequence can have; a model has a few.
-MAX_STOPS = 16
 
 # Columns of `state`. SEED takes two: the low word and the high one.
 TOKEN, CONTEXT, NUM_OUTPUT, MAX_OUTPUT, ALIVE, NUM_STOPS = range(6)

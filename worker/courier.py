@@ -33,6 +33,7 @@ from headrace.contract.errors import EngineRefused, Unavailable
 from headrace.contract.streams import JobStreams
 from headrace.contract.tokens import Append, TokenLog
 from headrace.contract.wire import FinishReason, JobStatus, TokenLogprobs
+from headrace.worker.early_cancels import EarlyCancels
 from headrace.worker.emit import Emitter
 from headrace.worker.endings import Endings
 from headrace.worker.engine_link import EngineLink, admission
@@ -83,6 +84,8 @@ class Courier:
         self._jobs: dict[int, RunningJob] = {}  # by sequence id
         self._by_id: dict[str, RunningJob] = {}
         self._failures: dict[int, Failure] = {}
+        self._early_cancels = EarlyCancels()
+        self._leaving: dict[int, str] = {}  # sequences the engine has still, their jobs have left
         self._next_deadline_ms = math.inf  # Unix ms
         self._next_seq_id = 1
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -200,9 +203,18 @@ class Courier:
         for seq_id, token, index, cached_tokens, reason, num_logprobs, _ in frame.entries.tolist():
             values = next(logprobs) if num_logprobs >= 0 else None
             job = self._jobs.get(seq_id)
+            if reason != Reason.GOING_ON:
+                self._left_engine(seq_id, job)
             if job is not None and job.ending is None:
                 job.cached_tokens = cached_tokens
                 self._take(job, token, index, Reason(reason), values)
+
+    def _left_engine(self, seq_id: int, job: RunningJob | None) -> None:
+        """Note that the engine has told a sequence's one end."""
+        if job is not None:
+            job.is_in_engine = False
+        elif self._leaving.pop(seq_id, None) is not None and self._room.gone(seq_id):
+            self._ring()
 
     def _take(
         self,
@@ -286,17 +298,21 @@ class Courier:
         self._metrics.begun(job)
         job.seq_id, self._next_seq_id = self._next_seq_id, self._next_seq_id + 1
         self._by_id[job.job] = self._jobs[job.seq_id] = job
+        if self._early_cancels.take(job.job):
+            job.end(JobStatus.CANCELED, FinishReason.CANCELED)
         if job.ending is not None:
             self._schedule_flush(job)
             return
         if job.spec.deadline_ms is not None:
             self._next_deadline_ms = min(self._next_deadline_ms, job.spec.deadline_ms)
         job.stamps.admitted_at = time.monotonic()
-        self._link.send(admission(job))
+        job.is_in_engine = self._link.send(admission(job))
         self._room.admitted(job.job)
 
     def _cancel(self, job_id: str, attempt: int | None) -> None:
         job = self._by_id.get(job_id)
+        if job is None and attempt is None:
+            self._early_cancels.note(job_id)
         if job is None or (attempt is not None and job.attempt != attempt):
             return
         job.end(JobStatus.CANCELED, FinishReason.CANCELED)
@@ -324,11 +340,13 @@ class Courier:
                 attempt=attempt,
                 gen=job.gen,
                 log=job.logged_chunks(),
+                suspect=job.claim.suspect,
             )
         except Unavailable:
             return  # the next renewal says so again
         log.event("job.restored", job=job_id, worker=self._worker, is_ours=is_ours)
         if not is_ours:
+            self._metrics.refused("restore")
             self._lose(job_id, attempt)
 
     def _drop(self, job: RunningJob) -> None:
@@ -337,10 +355,22 @@ class Courier:
 
     def _forget(self, job: RunningJob) -> None:
         self._jobs.pop(job.seq_id, None)
+        if job.is_in_engine:
+            self._leaving[job.seq_id] = job.job
+            self._room.leaves(job.seq_id)
         if self._by_id.get(job.job) is job:
             del self._by_id[job.job]
             self._room.release(job.job)
         self._ring()
+
+    def lose_engine(self) -> frozenset[str]:
+        """Note that there is no engine; returns the jobs whose sequences it had."""
+        in_engine = [job for job in self._by_id.values() if job.is_in_engine]
+        had = frozenset({job.job for job in in_engine} | set(self._leaving.values()))
+        for job in in_engine:
+            job.is_in_engine = False
+        self._leaving.clear()
+        return had
 
     def take_all(self) -> list[RunningJob]:
         """Give up all jobs (drain's deadline, or the engine died); returns those to hand back.

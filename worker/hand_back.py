@@ -1,5 +1,8 @@
 """Return all jobs in hand to the queue, so that any worker goes on with them at once.
 
+When the engine died of itself, the jobs it had are judged first (suspicion.py): they go among the
+suspects, or are dead and go to the endings.
+
 The row first, then the entry: between the two the job is queued by its row and still leased, and
 whoever claims it when the lease runs out picks it up as usual. What the engine made is logged
 before (courier.take_all), so the next attempt goes on after it and no stream has a gap.
@@ -11,14 +14,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from headrace.contract import log
+from headrace.contract.crashes import Judged, Verdict
 from headrace.contract.errors import Unavailable
 from headrace.contract.ledger import Ledger
 from headrace.contract.streams import JobStreams
 from headrace.worker.courier import Courier
+from headrace.worker.endings import Endings
+from headrace.worker.evidence import Evidence
 from headrace.worker.held import Held
+from headrace.worker.running import RunningJob
 from headrace.worker.spans import JobSpans
+from headrace.worker.suspicion import Suspicion
 
 
 class HandBack:
@@ -30,6 +39,8 @@ class HandBack:
         model: str,
         worker: str,
         courier: Courier,
+        endings: Endings,
+        suspicion: Suspicion,
         ledger: Ledger,
         streams: JobStreams,
         held: Held,
@@ -38,19 +49,55 @@ class HandBack:
         self._model = model
         self._worker = worker
         self._courier = courier
+        self._endings = endings
+        self._suspicion = suspicion
         self._ledger = ledger
         self._streams = streams
         self._held = held
         self._spans = spans
 
     def all(self, why: str) -> None:
-        """Hand every running job back; the next claim of any worker takes it first.
+        """Hand every running job back; the next claim of any worker takes it first."""
+        self._return(self._courier.take_all(), why)
+
+    def after_death(self, evidence: Evidence, in_engine: frozenset[str]) -> None:
+        """Hand every running job back; those that the engine had are judged by its death."""
+        jobs = self._courier.take_all()
+        judged = [job for job in jobs if job.job in in_engine]
+        self._return([job for job in jobs if job.job not in in_engine], "engine died")
+        if not judged:
+            return
+        try:
+            verdicts = self._suspicion.judge(judged, evidence, was_alone=len(in_engine) == 1)
+        except Unavailable as error:
+            for job in judged:  # their leases run out: a loss, of which nobody is to blame
+                self._failed(job, error)
+            return
+        for job in judged:
+            self._settle(job, verdicts[job.job], evidence)
+
+    def _settle(self, job: RunningJob, judged: Judged, evidence: Evidence) -> None:
+        """Do with one job as it was judged."""
+        if judged.verdict is Verdict.DEAD:
+            self._suspicion.is_dead(job, judged, evidence.signature)
+            self._endings.put(job)  # which tells of it, and lets the lease go
+            return
+        job.stamps.committed_at = time.monotonic()
+        self._spans.ended(job, "crashed" if evidence.is_certain else "lost", evidence.signature)
+        try:
+            self._suspicion.put_back(job, judged)
+        except Unavailable as error:  # its row is queued: the next pickup finds what it is
+            self._failed(job, error)
+        self._held.remove(job.job, job.attempt)
+
+    def _return(self, jobs: Sequence[RunningJob], why: str) -> None:
+        """Hand jobs back in good order.
 
         Once a store is found away the leases of the rest run out instead: the loop must not wait
         for it job by job.
         """
         away: Unavailable | None = None
-        for job in self._courier.take_all():
+        for job in jobs:
             try:
                 if away is None and self._ledger.hand_back(job.job, job.attempt, job.timings()):
                     job.stamps.committed_at = time.monotonic()
@@ -60,12 +107,16 @@ class HandBack:
                 away = error
             if away is None:
                 log.event("job.handed_back", job=job.job, worker=self._worker, reason=why)
+                self._held.remove(job.job, job.attempt)
             else:
-                log.event(
-                    "handback.failed",
-                    level=logging.WARNING,
-                    job=job.job,
-                    worker=self._worker,
-                    code=away.code,
-                )
-            self._held.remove(job.job, job.attempt)
+                self._failed(job, away)
+
+    def _failed(self, job: RunningJob, away: Unavailable) -> None:
+        log.event(
+            "handback.failed",
+            level=logging.WARNING,
+            job=job.job,
+            worker=self._worker,
+            code=away.code,
+        )
+        self._held.remove(job.job, job.attempt)

@@ -2,7 +2,8 @@
 
 The way of a job through here: claim (Redis) -> pick up (Postgres gives the attempt number) -> fence
 (the log is ours from here on, and tells what earlier attempts wrote) -> prompt to token ids ->
-admit. What cannot run is ended here and costs the engine nothing.
+admit. What cannot run is ended here and costs the engine nothing; what must not run here (a suspect
+among others) goes back before it is admitted.
 
 Invariants:
 1. Backpressure is at the claim: nothing is claimed beyond the pool's predicted peak and the number
@@ -11,8 +12,12 @@ Invariants:
    is renewed all that time.
 3. Any failure between claim and admission leaves the job claimable: its lease runs out, or its end
    is committed. It is never dropped in silence.
-4. It begins paused. Once paused it begins no claim, and `is_resting` is true from when the one in
+4. A lease that ran out while Redis was away proves no death: for a lease after that nothing is
+   taken over but what was handed back. Who lives renews in a third of it; taking over from the
+   living moves every job, and makes streams say `reset` where Redis lost its last second too.
+5. It begins paused. Once paused it begins no claim, and `is_resting` is true from when the one in
    hand, if any, has delivered all it will: then nothing more comes out of here.
+6. Suspects are claimed with nothing in hand, and nothing is claimed until they have left.
 
 Called by: lifecycle, as a thread of its own.
 """
@@ -29,13 +34,16 @@ from headrace.contract.errors import EngineRefused, HeadraceError, PromptTooLong
 from headrace.contract.ledger import Ledger, PickUp
 from headrace.contract.prompts import Prompts
 from headrace.contract.specs import end_of
-from headrace.contract.streams import Claim, JobStreams
+from headrace.contract.streams import ONLY_HANDED_BACK_MS, Claim, JobStreams
 from headrace.contract.tokens import TokenLog
 from headrace.contract.wire import FinishReason, JobStatus
 from headrace.worker.held import Held
+from headrace.worker.metrics import Metrics
 from headrace.worker.room import Room
 from headrace.worker.running import RunningJob
+from headrace.worker.spec_check import check_spec
 from headrace.worker.stamps import Stamps
+from headrace.worker.suspicion import Suspicion
 from headrace.worker.text import OutputText
 
 #: Jobs claimed by one call: enough to fill a batch quickly, few enough to share with other workers.
@@ -61,6 +69,8 @@ class Intake:
         prompts: Prompts,
         held: Held,
         room: Room,
+        suspicion: Suspicion,
+        metrics: Metrics,
         deliver: Callable[[RunningJob], None],
     ) -> None:
         self._model = model
@@ -72,7 +82,10 @@ class Intake:
         self._prompts = prompts
         self._held = held
         self._room = room
+        self._suspicion = suspicion
+        self._metrics = metrics
         self._deliver = deliver
+        self._may_take_over_at = 0.0  # monotonic s
         self.bell = threading.Event()  # rung by a wake message, and when room has come free
         self._is_quiet = threading.Event()
         self._lock = threading.Lock()  # of the two flags, never held over a claim
@@ -95,6 +108,14 @@ class Intake:
         with self._lock:
             return self._is_paused and not self._is_claiming
 
+    def redis_was_away(self) -> None:
+        """Take nothing over for a lease: those who held jobs meanwhile could not renew either."""
+        self._may_take_over_at = time.monotonic() + self._lease_ms / 1000
+
+    def _takeover_after_ms(self) -> int:
+        is_sure = time.monotonic() >= self._may_take_over_at
+        return self._lease_ms if is_sure else ONLY_HANDED_BACK_MS
+
     def quiet(self) -> None:
         """Claim nothing more."""
         self._is_quiet.set()
@@ -109,6 +130,7 @@ class Intake:
                 while not self._is_quiet.is_set() and self._claim_unless_paused():
                     pass
             except Unavailable as error:
+                self.redis_was_away()
                 log.event(
                     "claim.delayed", level=logging.WARNING, worker=self._worker, code=error.code
                 )
@@ -127,20 +149,22 @@ class Intake:
 
     def _claim_once(self) -> bool:
         """Claim what there is room for; True when more may be waiting."""
+        if self._room.is_on_trial:
+            return False
         room_tokens, num_free = self._room.left()
         if num_free <= 0 or room_tokens <= 0:
             return False
         claimed = self._streams.claim(
             self._model,
             self._worker,
-            lease_ms=self._lease_ms,
+            lease_ms=self._takeover_after_ms(),
             room_tokens=room_tokens,
             max_jobs=min(MAX_CLAIM, num_free),
             is_idle=self._room.is_idle,
         )
         if claimed.claims:
             self._begin(claimed.claims)
-        return bool(claimed.claims) and not claimed.is_blocked
+        return bool(claimed.claims) and not claimed.is_blocked and not claimed.is_trial
 
     def _begin(self, claims: tuple[Claim, ...]) -> None:
         """Pick the claimed jobs up in one transaction and start each."""
@@ -165,7 +189,7 @@ class Intake:
                     waited_s=pickup.waited_s,
                     was_lost=pickup.was_lost,
                 )
-                self._room.reserve(claim.job, claim.cost_tokens)
+                self._room.reserve(claim.job, claim.cost_tokens, is_trial=claim.suspect > 0)
                 self._deliver(job)
 
     def _drop_ended(self, claim: Claim) -> None:
@@ -193,7 +217,7 @@ class Intake:
         """Fence the log and build the job; None when a newer attempt exists or Redis went away."""
         try:
             fenced = self._tokens.fence(self._model, claim.job, attempt, self._worker)
-        except Unavailable as error:
+        except (Unavailable, wire.WireError) as error:  # or a log that holds no tokens of ours
             log.event(
                 "fence.failed",
                 level=logging.WARNING,
@@ -203,8 +227,18 @@ class Intake:
             )
             return None
         if fenced is None:
+            self._metrics.refused("fence")
             log.event("job.lost", job=claim.job, worker=self._worker, attempt=attempt)
             return None
+        if pickup.was_lost or pickup.suspect > claim.suspect:
+            # Before its prompt is read: that may be what ended the workers before.
+            job = self._build(claim, attempt, fenced.gen, has_prompt=False)
+            job.resume(fenced.log)
+            if job.ending is None:
+                if not self._suspicion.may_run(job, pickup):
+                    return None
+                if job.ending is not None:
+                    return job
         job = self._build(claim, attempt, fenced.gen)
         if job.ending is None:
             job.resume(fenced.log)
@@ -224,7 +258,9 @@ class Intake:
         self._announce(job, fenced.next)
         return job
 
-    def _build(self, claim: Claim, attempt: int, gen: int) -> RunningJob:
+    def _build(
+        self, claim: Claim, attempt: int, gen: int, *, has_prompt: bool = True
+    ) -> RunningJob:
         """Decode and tokenise; what cannot be is a job that has ended before it began."""
         error: HeadraceError | None = None
         prompt_ids: list[int] = []
@@ -233,9 +269,10 @@ class Intake:
             if not isinstance(message, wire.JobSpec):
                 raise wire.WireError(f"entry holds a {type(message).__name__}, not a job")
             spec = message
-        except wire.WireError as refused:
+            check_spec(spec, claim.job)
+        except HeadraceError as refused:
             spec, error = _unreadable(claim.job, self._model), refused
-        if error is None:
+        if error is None and has_prompt:
             try:
                 prompt_ids = self._prompt_ids(spec)
             except HeadraceError as refused:
@@ -284,7 +321,8 @@ class Intake:
             worker=self._worker,
         )
         try:
-            self._tokens.announce(self._model, [started])
+            if self._tokens.announce(self._model, [(started, len(job.prompt_ids))]):
+                self._metrics.refused("publish")
         except Unavailable as error:  # subscribers see `started` from the first token, or the row
             log.event(
                 "announce.failed",

@@ -14,6 +14,7 @@ from typing import Any
 
 from headrace.contract import database, redis_client
 from headrace.contract.accounts import Accounts
+from headrace.contract.crashes import Crashes
 from headrace.contract.ledger import Ledger
 from headrace.contract.orders import WorkerOrders
 from headrace.contract.prompts import Prompts
@@ -29,6 +30,7 @@ from headrace.worker.engine_link import EngineLink, config_of
 from headrace.worker.engine_watch import EngineWatch
 from headrace.worker.gpus import GpuSampler
 from headrace.worker.hand_back import HandBack
+from headrace.worker.health import WorkerHealth
 from headrace.worker.held import Held
 from headrace.worker.intake import Intake
 from headrace.worker.keeper import Keeper
@@ -37,6 +39,7 @@ from headrace.worker.metrics import Metrics
 from headrace.worker.order_watch import OrderWatch
 from headrace.worker.room import Room
 from headrace.worker.spans import JobSpans
+from headrace.worker.suspicion import Suspicion
 
 #: One for each thread that uses it: intake, endings, the loop, the watch of orders; and one more.
 DB_POOL_SIZE = 5
@@ -79,6 +82,7 @@ class Parts:
             room=self._room,
             metrics=self.metrics,
             hand_back=self.hand_back.all,
+            hand_back_dead=self.hand_back.after_death,
         )
         self.orders = OrderWatch(name, WorkerOrders(self._db), self.courier.wake)
         self.gpus = GpuSampler(name, lambda: self.engine.gpu)
@@ -88,6 +92,9 @@ class Parts:
         self, settings: WorkerSettings, prompts: Prompts, spans: JobSpans
     ) -> None:
         """Make what a job goes through: intake, the courier, then endings or the way back."""
+        suspicion = Suspicion(
+            **self._shared, crashes=Crashes(self._db), ledger=self._ledger, metrics=self.metrics
+        )
         self.endings = Endings(
             **self._shared,
             ledger=self._ledger,
@@ -117,14 +124,22 @@ class Parts:
             prompts=prompts,
             held=self.held,
             room=self._room,
+            suspicion=suspicion,
+            metrics=self.metrics,
             deliver=self.courier.deliver,
         )
         self.hand_back = HandBack(
-            **self._shared, courier=self.courier, ledger=self._ledger, held=self.held, spans=spans
+            **self._shared,
+            courier=self.courier,
+            endings=self.endings,
+            suspicion=suspicion,
+            ledger=self._ledger,
+            held=self.held,
+            spans=spans,
         )
 
     def _join_what_tells(self, settings: WorkerSettings, model: str, name: str) -> None:
-        """Make what says of the others how they are: beats (with the leases) and metrics."""
+        """Make what says of the others how they are: beats (with the leases), checks, metrics."""
         beats = Beats(
             model=model,
             worker=name,
@@ -144,6 +159,16 @@ class Parts:
             held=self.held,
             beat=beats.make,
             tell=self.courier.tell,
+            redis_was_away=self.intake.redis_was_away,
+        )
+        self.health = WorkerHealth(
+            worker=name,
+            model=model,
+            step_timeout_s=settings.step_timeout_s,
+            state=lambda: self.duty.state,
+            has_engine=lambda: self.link.ready is not None,
+            step_age_s=lambda: self.engine.step_age_s,
+            num_held=lambda: len(self.held),
         )
         self.metrics.watch(
             state=lambda: self.duty.state,

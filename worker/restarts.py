@@ -8,6 +8,9 @@ its jobs back first, so that others run them and an operator sees a process that
     died -> waits     any other death, or the first of a hopeless kind     [died: True]
     died -> gives up  the second hopeless one                              [died: False]
 
+A death that is blamed on what ran is of the first kind, whatever its code, and its pause stays the
+shortest: what brought it about is put under suspicion and does not come again and again.
+
 Invariants:
 1. Pauses and hopeless deaths are counted anew once an engine has served for HEALTHY_S. Loading does
    not count: a model that takes minutes to load must not hide a GPU that fails at its first step.
@@ -37,16 +40,22 @@ class Restarts:
         self._num_hopeless = 0
         self._pause_s = PAUSES_S[0]
 
-    def died(self, code: str | None, served_s: float, now_s: float) -> bool:
+    def died(
+        self, code: str | None, served_s: float, now_s: float, *, is_of_jobs: bool = False
+    ) -> bool:
         """Count a death; False when the worker must give up.
 
         Args:
             code: of the engine's last words; None when it left none.
             served_s: since it was ready; 0 if it never was.
+            is_of_jobs: what ran is to blame, not the engine.
         """
         if served_s >= HEALTHY_S:
             self._num_hopeless, self._pause_s = 0, PAUSES_S[0]
         self.num_deaths += 1
+        if is_of_jobs:
+            self.next_at = now_s + PAUSES_S[0]
+            return True
         self._num_hopeless += code in HOPELESS
         self.next_at = now_s + self._pause_s
         self._pause_s = min(self._pause_s * 2, PAUSES_S[1])

@@ -46,6 +46,7 @@ class RunningJob:
     stop_token_ids: tuple[int, ...]
     text: OutputText
     seq_id: int = 0  # the engine's name for it, set at admission
+    is_in_engine: bool = False  # it was sent there, and its end has not come back
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -106,10 +107,22 @@ class RunningJob:
         error_text: str | None = None,
     ) -> None:
         """Decide how the job ends; the first decision stands."""
-        if self.ending is not None:
-            return
+        if self.ending is None:
+            self.ending = self.ending_now(
+                status, reason, error_code=error_code, error_text=error_text
+            )
+
+    def ending_now(
+        self,
+        status: JobStatus,
+        reason: FinishReason,
+        *,
+        error_code: str | None = None,
+        error_text: str | None = None,
+    ) -> Ending:
+        """Return how the job would end with the output it has."""
         asked = self.spec.sampling.logprobs is not None
-        self.ending = Ending(
+        return Ending(
             status=status,
             finish_reason=reason,
             prompt_tokens=len(self.prompt_ids),

@@ -44,7 +44,8 @@ def test_the_drawn_statuses_are_the_classes():
 def test_only_what_may_pass_by_itself_is_retryable():
     retryable = {cls.__name__ for cls in ours() if cls.retryable}
     away = {"Unavailable", "DatabaseUnavailable", "QueueUnavailable"}
-    assert retryable == away | {"LoginBusy", "LockedOut"}
+    full = {"Overloaded", "QueueFull", "TenantQueueFull"}
+    assert retryable == away | full | {"BodyTimeout", "LoginBusy", "LockedOut"}
 
 
 def test_an_error_carries_its_text_and_when_to_come_back():

@@ -48,7 +48,6 @@ def test_the_patterns_are_those_of_the_glossary():
         *figures,
         *history,
         keys.WORKERS,
-        keys.EPOCH,
         "hr:shard:<gateway>",
         "hr:worker:<id>",
         "hr:worker-last:<id>",

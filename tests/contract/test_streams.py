@@ -462,7 +462,7 @@ def test_a_redis_that_is_away_is_queue_unavailable(spec_for):
         lambda: streams.depths(MODEL),
         workers.ping,
         workers.alive,
-        workers.epoch_age_ms,
+        workers.seen,
         lambda: WakeSubscription(away, MODEL).wait(0.1),
     ]
     for call in calls:

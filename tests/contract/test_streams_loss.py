@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from headrace.contract import keys, wire
 from headrace.contract.streams import Workers
 from headrace.contract.tokens import Overlap
@@ -165,12 +163,3 @@ def test_a_beat_of_another_version_hides_no_other_worker(client):
         workers.beat(beat_of(name), lifetime_ms=60_000)
     client.set(keys.worker_last("new"), b"\x81\xa1v\x63")
     assert [each.beat.worker for each in workers.seen()] == ["w1"]
-
-
-def test_the_epoch_begins_anew_when_redis_is_wiped(client):
-    workers = Workers(client)
-    assert workers.epoch_age_ms() == 0
-    client.set(keys.EPOCH, int(time.time() * 1000) - 5_000)
-    assert workers.epoch_age_ms() >= 5_000
-    client.flushall()
-    assert workers.epoch_age_ms() == 0

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from headrace.contract import keys, wire
+from headrace.contract.live import Live
 from headrace.contract.redis_client import connect
 from headrace.contract.streams import JobStreams, Move
 from headrace.contract.tokens import TokenLog
+from headrace.contract.waiting import Load
 
 MODEL = "m"
 WORKERS = st.sampled_from(["w1", "w2", "w3"])
@@ -88,6 +90,8 @@ class Lanes(RuleBasedStateMachine):
                 fields = {"job": spec.job, "spec": wire.encode(spec), "cost": spec.prompt}
                 self.client.xadd(keys.lane_stream(MODEL, lane), fields)
                 self.client.sadd(keys.prefix(MODEL) + "lanes", lane)
+                self.client.hincrby(keys.waiting(MODEL), f"jobs:{lane}", 1)
+                self.client.hincrby(keys.waiting(MODEL), f"tokens:{lane}", int(spec.prompt))
 
     @rule(index=st.integers(0, 99), held=st.booleans(), priority=st.sampled_from(wire.Priority))
     def move(self, index, held, priority):
@@ -184,6 +188,20 @@ class Lanes(RuleBasedStateMachine):
                 if self.client.hget(keys.job_hash(MODEL, name), "entry") == entry:
                     live[name] = live.get(name, 0) + 1
         assert live == dict.fromkeys(self.open, 1)
+
+    @invariant()
+    def what_waits_is_counted(self):
+        waits: dict[tuple[str, str], Load] = {}
+        for stream in self.client.keys(keys.lane_stream(MODEL, "*")):
+            job_class, _, tenant = stream.decode().rpartition("lane:")[2].split(":")
+            given = self.client.xpending_range(stream, keys.GROUP, "-", "+", 1000)
+            ids = {entry["message_id"] for entry in given}
+            for entry, fields in self.client.xrange(stream):
+                if entry not in ids:
+                    known = waits.get((job_class, tenant), Load())
+                    waits[job_class, tenant] = known + Load(1, int(fields[b"cost"]))
+        told = Live(self.client).waiting([MODEL])[MODEL].lanes
+        assert {key: load for key, load in told.items() if load != Load()} == waits
 
     @invariant()
     def the_newest_attempt_is_the_fence(self):

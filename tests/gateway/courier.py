@@ -31,6 +31,10 @@ class Held:
         return "".join(token_text(i) for i in range(len(self.ids)))
 
 
+#: What every prompt here is counted as.
+PROMPT_TOKENS = 5
+
+
 class Courier:
     """One worker of the tests' model."""
 
@@ -54,18 +58,14 @@ class Courier:
         assert fenced is not None
         held = Held(claim, spec, pick_up.attempt, fenced.gen)
         held.ids = [token_id for chunk in fenced.log for token_id in chunk.ids]
-        self.token_log.announce(
-            MODEL,
-            [
-                wire.JobStarted(
-                    job=claim.job,
-                    attempt=held.attempt,
-                    gen=held.gen,
-                    next=len(held.ids),
-                    worker=self.name,
-                )
-            ],
+        started = wire.JobStarted(
+            job=claim.job,
+            attempt=held.attempt,
+            gen=held.gen,
+            next=len(held.ids),
+            worker=self.name,
         )
+        self.token_log.announce(MODEL, [(started, PROMPT_TOKENS)])
         return held
 
     def say(self, held: Held, count: int = 1, *, logprobs: bool = False) -> None:
@@ -89,6 +89,13 @@ class Courier:
             logprobs=(some,) * count,
         )
 
+    def restore(self, held: Held) -> None:
+        """Put a job that said nothing yet back into a Redis that lost it, as renewals do."""
+        restored = self.streams.restore(
+            held.spec, self.name, held.claim.cost_tokens, attempt=held.attempt, gen=held.gen, log=()
+        )
+        assert restored
+
     def end(
         self,
         held: Held,
@@ -101,7 +108,7 @@ class Courier:
         fields = {
             "status": status,
             "finish_reason": reason,
-            "prompt_tokens": 5,
+            "prompt_tokens": PROMPT_TOKENS,
             "cached_tokens": 2,
             "gen": held.gen,
             "text": whole.text,
@@ -119,7 +126,7 @@ class Courier:
                     next=len(held.ids),
                     status=status,
                     finish_reason=reason,
-                    prompt_tokens=5,
+                    prompt_tokens=PROMPT_TOKENS,
                     cached_tokens=2,
                     error_code=ending.error_code,
                     error_text=ending.error_text,

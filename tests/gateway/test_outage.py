@@ -69,7 +69,8 @@ def test_without_redis_it_is_degraded_and_ready(no_redis, key):
     client = client_of(no_redis, key)
     response = client.get("/readyz")
     assert response.status_code == 200
-    assert response.get_json() == {"status": "degraded", "postgres": "up", "redis": "away"}
+    away = {"status": "degraded", "postgres": "up", "redis": "away", "workers": None}
+    assert response.get_json() == away
     assert [m["ready"] for m in client.get("/v1/models").get_json()["data"]] == [False]
 
 

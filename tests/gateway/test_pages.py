@@ -87,6 +87,7 @@ def test_health_is_as_described(client):
     assert client.get("/healthz").get_json() == {"status": "alive"}
     ready = client.get("/readyz").get_json()
     answers.Health.model_validate(ready)
+    assert ready.pop("workers").keys() == answers.WorkersHealth.model_fields.keys()
     assert ready == {"status": "ready", "postgres": "up", "redis": "up"}
 
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from headrace.contract import database, redis_client, wire
 from headrace.contract.accounts import Accounts
+from headrace.contract.crashes import Crashes
 from headrace.contract.ids import new_id
 from headrace.contract.ledger import Ledger
 from headrace.contract.prompts import Prompts
@@ -27,6 +28,7 @@ from headrace.worker.metrics import Metrics
 from headrace.worker.room import Room
 from headrace.worker.running import RunningJob
 from headrace.worker.spans import JobSpans
+from headrace.worker.suspicion import Suspicion
 
 MODEL = "bytes"
 END = 256  # the model's end token
@@ -69,6 +71,14 @@ class Bench:
         self.room = Room()
         self.room.opened(10_000, 100, max_num_seqs=8)
         self.key = Accounts(self.engine).create_key(tenant="t", name="n")
+        self.suspicion = Suspicion(
+            model=MODEL,
+            worker=self.name,
+            crashes=Crashes(self.engine),
+            ledger=self.ledger,
+            streams=self.streams,
+            metrics=self.metrics,
+        )
         self.intake = Intake(
             model=MODEL,
             worker=self.name,
@@ -79,6 +89,8 @@ class Bench:
             prompts=self.prompts,
             held=self.held,
             room=self.room,
+            suspicion=self.suspicion,
+            metrics=self.metrics,
             deliver=self.delivered.append,
         )
         self.endings = Endings(

@@ -164,6 +164,20 @@ def test_a_cancellation_keeps_what_was_made_and_ignores_what_comes_after(loop):
     assert (row["status"], row["output_text"]) == (JobStatus.CANCELED, "abc")
 
 
+def test_a_cancellation_that_comes_between_fence_and_admission_is_not_missed(loop):
+    """It need not wait for the next renewal, a third of a lease later."""
+    job_id = loop.bench.accept()
+    (job,) = loop.bench.claim()
+    loop.courier.cancel(job_id)
+    loop.turn()
+    loop.courier.deliver(job)
+    loop.turn(times=2)
+    assert loop.commands(Admit) == []
+    assert loop.courier.num_jobs == 0
+    loop.bench.settle()
+    assert loop.bench.row(job_id)["status"] == JobStatus.CANCELED
+
+
 def test_an_engines_refusal_fails_the_job_with_its_reason(loop):
     job_id, seq_id = loop.admit()
     loop.link.notices.append(Failure(seq_id, "never_fits", "the pool is too small"))
@@ -285,3 +299,52 @@ def test_room_coming_free_rings_intake(loop):
     loop.say(seq_id, "x")
     loop.turn(times=2)
     assert loop.rings > before
+
+
+def test_what_the_engine_has_is_known_until_it_tells_each_end(loop):
+    (one, _), (_, second), (three, _) = (loop.admit() for _ in range(3))
+    loop.courier.cancel(one)
+    loop.turn()
+    loop.link.step((second, END, 0, Reason.STOP_TOKEN))
+    loop.turn()
+    assert loop.courier.num_jobs == 1
+    assert not loop.bench.room.is_idle
+    assert loop.courier.lose_engine() == {one, three}, "what was canceled is in it still"
+    assert loop.courier.lose_engine() == frozenset()
+
+
+def test_a_worker_is_idle_when_the_engine_has_told_the_last_end(loop):
+    job_id, seq_id = loop.admit()
+    loop.courier.cancel(job_id)
+    loop.turn()
+    assert (loop.courier.num_jobs, loop.bench.room.is_idle) == (0, False)
+    before = loop.rings
+    loop.link.step((seq_id, -1, 0, Reason.CANCELED))
+    loop.turn()
+    assert loop.bench.room.is_idle
+    assert loop.rings > before, "suspects may be claimed now"
+    assert loop.courier.lose_engine() == frozenset()
+
+
+def test_a_job_that_could_not_be_sent_was_never_in_the_engine(loop, monkeypatch):
+    monkeypatch.setattr(loop.link, "send", lambda command: False)
+    job_id, _ = loop.admit()
+    assert loop.courier.lose_engine() == frozenset()
+    assert [job.job for job in loop.courier.take_all()] == [job_id]
+    assert loop.bench.room.is_idle
+
+
+def test_a_suspect_is_restored_as_one(loop, monkeypatch):
+    job_id = loop.bench.accept()
+    (job,) = loop.bench.claim()
+    loop.bench.room.release(job_id)
+    loop.bench.ledger.hand_back(job_id, 1)
+    loop.bench.streams.hand_back(MODEL, job_id, 1, suspect=2)
+    (job,) = loop.bench.claim()
+    loop.courier.deliver(job)
+    loop.turn()
+    loop.bench.client.flushall()
+    loop.courier.tell("gone", job_id, job.attempt)
+    loop.turn()
+    (depth,) = loop.bench.streams.depths(MODEL)
+    assert (depth.num_held, depth.is_of_suspects) == (1, True)

@@ -10,7 +10,7 @@ from headrace.contract.wire import FinishReason, JobStatus
 from headrace.tests.worker.conftest import END, MODEL
 
 
-def test_invariant_4_it_begins_paused_and_rests_when_no_claim_is_in_hand(bench):
+def test_invariant_5_it_begins_paused_and_rests_when_no_claim_is_in_hand(bench):
     bench.accept()
     intake = bench.intake
     assert not intake._claim_unless_paused()
@@ -22,7 +22,7 @@ def test_invariant_4_it_begins_paused_and_rests_when_no_claim_is_in_hand(bench):
     assert not intake.is_resting, "the next claim may come at any time"
 
 
-def test_invariant_4_a_pause_in_the_middle_of_a_claim_rests_after_it(bench):
+def test_invariant_5_a_pause_in_the_middle_of_a_claim_rests_after_it(bench):
     bench.accept()
     resting = []
 
@@ -173,3 +173,52 @@ def test_a_takeover_counts_the_time_of_the_dead_attempt_and_a_hand_back_does_not
     assert by_id[lost].was_lost
     assert not by_id[handed_back].was_lost
     assert 0 < by_id[handed_back].waited_s < by_id[lost].waited_s < 60
+
+
+def refused(bench, at: str) -> float:
+    series = "headrace_worker_stale_writes_total"
+    return bench.metrics.registry.get_sample_value(series, {"at": at}) or 0.0
+
+
+def test_a_fence_that_a_newer_attempt_refuses_is_counted(bench, monkeypatch):
+    job_id = bench.accept()
+    pick_up = bench.ledger.pick_up
+
+    def overtaken(jobs, worker):
+        found = pick_up(jobs, worker)
+        bench.tokens.fence(MODEL, job_id, 2, "w2")
+        return found
+
+    monkeypatch.setattr(bench.ledger, "pick_up", overtaken)
+    assert bench.claim() == []
+    assert refused(bench, "fence") == 1
+
+
+def test_a_start_that_a_newer_attempt_makes_stale_is_not_published_and_counted(bench, monkeypatch):
+    job_id = bench.accept()
+    fence = bench.tokens.fence
+
+    def overtaken(*asked):
+        found = fence(*asked)
+        fence(MODEL, job_id, 2, "w2")
+        return found
+
+    monkeypatch.setattr(bench.tokens, "fence", overtaken)
+    assert len(bench.claim()) == 1
+    assert refused(bench, "publish") == 1
+
+
+def test_invariant_4_after_an_outage_only_what_was_handed_back_is_taken_over(bench):
+    lapsed, back = bench.accept(), bench.accept()
+    bench.streams.claim(MODEL, "w0", lease_ms=60_000, room_tokens=99, max_jobs=2, is_idle=True)
+    for job in (lapsed, back):
+        bench.tokens.fence(MODEL, job, bench.ledger.pick_up([job], "w0")[job].attempt, "w0")
+    bench.intake._lease_ms = 300
+    bench.intake.redis_was_away()
+    assert bench.ledger.hand_back(back, 1)
+    assert bench.streams.hand_back(MODEL, back, 1)
+    while time.monotonic() < bench.intake._may_take_over_at - 0.05:
+        assert {job.job for job in bench.claim()} <= {back}
+    deadline = time.monotonic() + 30
+    while lapsed not in {job.job for job in bench.claim()}:
+        assert time.monotonic() < deadline, "taken over once a lease has passed"

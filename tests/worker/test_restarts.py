@@ -31,6 +31,16 @@ def test_invariant_1_a_minute_of_service_begins_anew_and_loading_does_not_count(
     assert not restarts.died("device_lost", served_s=10.0, now_s=2e3 + 600)
 
 
+def test_deaths_of_jobs_wait_for_the_shortest_pause_and_never_give_up():
+    restarts = Restarts()
+    assert restarts.died("device_lost", served_s=1.0, now_s=0.0)
+    for now_s in range(1, 9):
+        assert restarts.died("bad_config", served_s=1.0, now_s=now_s, is_of_jobs=True)
+        assert restarts.next_at == now_s + PAUSES_S[0]
+    assert restarts.num_deaths == 9
+    assert not restarts.died("device_lost", served_s=1.0, now_s=10.0), "the count stands"
+
+
 def test_invariant_2_other_deaths_neither_count_nor_begin_anew():
     restarts = Restarts()
     for code in (None, "engine_failed", "bad_frame", "device_lost", None, "engine_failed"):

@@ -51,3 +51,34 @@ def test_a_dead_engine_has_no_room():
     room.reserve("a", 300)
     room.closed()
     assert room.left() == (0, 4)
+
+
+def test_a_sequence_on_its_way_out_keeps_the_worker_from_being_idle():
+    room = opened()
+    room.reserve("a", 300)
+    room.leaves(7)
+    room.release("a")
+    assert room.left() == (1000, 4), "others may be claimed"
+    assert not room.is_idle
+    assert not room.gone(8)
+    assert room.gone(7)
+    assert room.is_idle
+    room.leaves(9)
+    room.closed()
+    assert room.is_idle, "what an engine had is gone with it"
+
+
+def test_a_trial_lasts_until_the_engine_has_nothing_of_it():
+    room = opened()
+    assert not room.is_on_trial
+    for job in "ab":
+        room.reserve(job, 10, is_trial=True)
+    room.release("a")
+    assert room.is_on_trial
+    room.leaves(7)
+    room.release("b")
+    assert room.is_on_trial
+    room.gone(7)
+    assert not room.is_on_trial
+    room.reserve("c", 10)
+    assert not room.is_on_trial

@@ -14,9 +14,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # a stub reads configs too, and starts without torch
+    import torch
 
 #: model_type -> (has bias on q, k and v; has QK-norm), where config.json does not say.
 FAMILIES = {
@@ -26,7 +27,7 @@ FAMILIES = {
     "qwen3": (False, True),
 }
 #: dtype in config.json -> that computed in; fp16 is widened, as a CPU has no fast fp16 GEMM.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 
 
 class UnsupportedModel(ValueError):
@@ -52,7 +53,7 @@ class Architecture:
     has_mlp_bias: bool
     has_qk_norm: bool
     has_tied_embeddings: bool
-    dtype: torch.dtype  # to compute in unless the worker says otherwise
+    dtype: str  # to compute in unless the worker says otherwise
 
     @classmethod
     def from_folder(cls, folder: Path) -> Architecture:
@@ -120,6 +121,8 @@ class Architecture:
 
     def rope_cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tables of [max_positions, head_dim // 2] fp32."""
+        import torch
+
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
         frequencies = _scale(1.0 / self.rope_theta**exponents, self.rope_scaling)
         angles = torch.outer(torch.arange(self.max_positions, dtype=torch.float32), frequencies)
@@ -185,7 +188,7 @@ def _windows(config: dict[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _dtype(config: dict[str, Any]) -> torch.dtype:
+def _dtype(config: dict[str, Any]) -> str:
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     if name not in DTYPES:
         raise _unsupported("dtype", name, sorted(DTYPES))

@@ -8,7 +8,7 @@ Invariants:
  2. The last row of a chunk is at position context_len - 1.
  3. `due` are the sequences of the batch's due slots, `due_rows` the rows of their last tokens.
 
-Called by: runner.py (CpuRunner); read by cpu_ops.py and model.py. All token values must have come
+Called by: cpu_runner.py; read by cpu_ops.py and model.py. All token values must have come
 to the host, so it is of use only without steps in flight.
 """
 

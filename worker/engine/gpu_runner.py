@@ -32,8 +32,9 @@ from headrace.worker.engine.batch import Batch, Chunk
 from headrace.worker.engine.gpu_graphs import Graphs, bucket_of, decode_buckets, row_buckets
 from headrace.worker.engine.gpu_model import GpuModel, KvCache, Need
 from headrace.worker.engine.gpu_state import RING_STEPS, DeviceState
-from headrace.worker.engine.runner import DeviceLost
-from headrace.worker.engine.sampling import Sampled, has_penalties
+from headrace.worker.engine.last_words import DeviceLost
+from headrace.worker.engine.sampled import Sampled
+from headrace.worker.engine.sampling import has_penalties
 from headrace.worker.engine.sequence import Sequence
 
 

@@ -37,16 +37,15 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import torch
 
 from headrace.contract import log
-from headrace.worker import frames
-from headrace.worker.engine import sampling
-from headrace.worker.engine.architecture import UnsupportedModel
+from headrace.worker import frames, stacks
+from headrace.worker.engine import sampled
 from headrace.worker.engine.batch import Batch
 from headrace.worker.engine.kv_pool import KVPool
+from headrace.worker.engine.last_words import last_words
 from headrace.worker.engine.outcome import Outcome, end_entries, take_results
-from headrace.worker.engine.runner import DeviceLost, Runner, build_runner, resolve_config
+from headrace.worker.engine.runner import Runner, build_runner, resolve_config
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence, SequenceError, check_asked
 from headrace.worker.engine.startup import StartupLedger, fill_limits, gpu_uuid
@@ -202,7 +201,7 @@ class Engine:
         self._num_admitted += 1
         try:
             check_asked(asked, self._runner.vocab_size, self.max_seq_tokens)
-            sampling.check_params(asked.params, self._runner.vocab_size)
+            sampled.check_params(asked.params, self._runner.vocab_size)
             seq = Sequence.from_admit(asked, self._num_admitted)
             if (reason := seq.ending()) is not Reason.GOING_ON:
                 # An earlier attempt died between its last token and its result.
@@ -275,8 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Load, say Ready, and step until told to stop; return the exit status."""
     parser = argparse.ArgumentParser(prog="headrace.worker.engine.loop")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the courier")
+    parser.add_argument("--stacks-fd", type=int, help="inherited file for stacks, when asked")
     parser.add_argument("--config", required=True, help="a frames.EngineConfig as JSON")
     options = parser.parse_args(arguments)
+    if options.stacks_fd is not None:
+        stacks.write_to(options.stacks_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the courier decides
     _die_with_parent()
     with socket.socket(fileno=options.fd) as sock:
@@ -321,24 +323,12 @@ def _serve(sock: socket.socket, config_json: str) -> None:
 
 
 def _send_last_words(sock: socket.socket, error: Exception) -> None:
-    codes = {
-        UnsupportedModel: "unsupported_model",
-        MemoryError: "out_of_memory",
-        torch.OutOfMemoryError: "out_of_memory",
-        DeviceLost: "device_lost",
-        torch.AcceleratorError: "device_lost",
-        frames.FrameError: "bad_frame",
-        msgspec.ValidationError: "bad_config",
-        msgspec.DecodeError: "bad_config",
-        ValueError: "bad_config",
-    }
-    code = codes.get(type(error), "engine_failed")
-    text = str(error) or type(error).__name__
-    if code == "engine_failed":  # for the worker's log, not the wire
+    words = last_words(error)
+    if words.code == "engine_failed":  # for the worker's log, not the wire
         log.failure("engine.failed", error)
     writer = frames.FrameWriter(sock)
     try:
-        writer.send(frames.pack_notice(frames.Fatal(code, text)))
+        writer.send(frames.pack_notice(words))
         writer.drain(LAST_WORDS_S)
     except OSError:
         return  # nobody is left to hear it

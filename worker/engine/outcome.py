@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from headrace.worker.engine.batch import Batch
-from headrace.worker.engine.sampling import Sampled
+from headrace.worker.engine.sampled import Sampled
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.slots import NOT_RECEIVED
 from headrace.worker.frames import ENTRY, Reason

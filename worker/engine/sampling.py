@@ -14,72 +14,29 @@ Invariants:
  1. A row's result depends on its logits, its own tokens and its parameters only, not on the batch.
  2. A row whose logits hold a NaN or whose largest is infinite is reported, never drawn from.
 
-Called by: runner.py; tested against the references of headrace.kernels.sample.
+Called by: cpu_runner.py; tested against the references of headrace.kernels.sample.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from headrace.kernels.noise import noise_at_reference
-from headrace.kernels.penalise import MAX_BIAS, penalise_reference
+from headrace.kernels.penalise import penalise_reference
 from headrace.kernels.sample import threshold_reference
-from headrace.worker.engine.sequence import Sequence, SequenceError
+from headrace.worker.engine.sampled import Sampled
+from headrace.worker.engine.sequence import Sequence
 from headrace.worker.frames import SamplingParams
 
-#: largest k of `logprobs`; OpenAI's limit.
-MAX_LOGPROBS = 20
 #: largest Gumbel noise: its uniform is at most 1 - 2^-24 (kernels/noise.py), rounded up.
 MAX_GUMBEL = 17.0
 #: leading values looked at first: they bound the winner's score from below, and mostly hold all
 #: that the filters keep. Of 49,152 values topk finds 256 in 0.18 ms, a sort takes 4.5 ms (one
 #: EPYC core, torch 2.13).
 NUM_LEADERS = 256
-
-
-@dataclass(slots=True)
-class Sampled:
-    """Results of one step, row by row of `Batch.due_slots`."""
-
-    tokens: np.ndarray  # [num_due] int
-    is_finite: np.ndarray  # [num_due] bool; where False the token means nothing
-    is_stop: np.ndarray  # [num_due] bool: the token is one of its sequence's stop ids
-    #: row -> (the chosen token's logprob, ids, their logprobs), for rows that asked
-    logprobs: dict[int, tuple[float, np.ndarray, np.ndarray]] = field(default_factory=dict)
-
-
-def check_params(params: SamplingParams, vocab_size: int) -> None:
-    """Raise SequenceError for parameters that cannot be sampled with."""
-    ranges = {
-        "temperature": (0.0, math.inf),
-        "top_p": (0.0, 1.0),
-        "min_p": (0.0, 1.0),
-        "top_k": (0, 2**31 - 1),
-        "seed": (-(2**63), 2**64 - 1),
-        "presence_penalty": (-math.inf, math.inf),
-        "frequency_penalty": (-math.inf, math.inf),
-        "repetition_penalty": (1e-6, math.inf),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(params, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise _bad(f"{name} is {value}; it must be finite and from {low} to {high}")
-    if params.logprobs is not None and not 0 <= params.logprobs <= min(MAX_LOGPROBS, vocab_size):
-        raise _bad(f"logprobs is {params.logprobs}; it must be from 0 to {MAX_LOGPROBS}")
-    if len(params.logit_bias) > MAX_BIAS:
-        raise _bad(
-            f"logit_bias has {len(params.logit_bias)} tokens; at most {MAX_BIAS} may have one"
-        )
-    for token, bias in params.logit_bias.items():
-        if not 0 <= token < vocab_size or not math.isfinite(bias):
-            raise _bad(
-                f"logit_bias gives {bias} to token {token}; it must be finite and the token "
-                f"from 0 to {vocab_size - 1}"
-            )
 
 
 def sample(
@@ -221,7 +178,3 @@ def _logprobs(
     ids = (raw >= raw.topk(k).values[-1]).nonzero().squeeze(1)
     ids = ids[torch.sort(raw[ids], descending=True, stable=True).indices[:k]]
     return chosen, ids.numpy(), (raw[ids] - lse).numpy()
-
-
-def _bad(text: str) -> SequenceError:
-    return SequenceError("bad_sampling", text + ": correct the request")

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from headrace.kernels.step import MAX_STOPS
+from headrace.kernels.limits import MAX_STOPS
 from headrace.worker.engine.prefix import extend_names
 from headrace.worker.frames import Admit, Reason
 

@@ -27,11 +27,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
 from headrace.worker.frames import EngineConfig, StartStage
+
+if TYPE_CHECKING:  # loaded where there is a device only: a stub starts without it
+    import torch
 
 #: sequences that a GPU's tables and graphs are made for at most.
 MAX_GPU_SEQS = 1024
@@ -65,8 +68,12 @@ def fill_limits(config: EngineConfig) -> EngineConfig:
 
 def gpu_uuid(config: EngineConfig) -> str:
     """Return the engine's GPU as NVML names it, for the courier to watch; empty without one."""
-    if config.device != "cuda" or config.runner == "stub" or not torch.cuda.is_available():
-        return ""  # the stub touches no device, Triton's interpreter has none
+    if config.device != "cuda" or config.runner == "stub":
+        return ""  # the stub touches no device
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""  # Triton's interpreter has none
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     return "GPU-" + uuid.removeprefix("GPU-")
 
@@ -104,7 +111,7 @@ def _refuse_fp8(config: EngineConfig) -> None:
 class StartupLedger:
     """Stages of a start, in order."""
 
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device | None = None  # None: a CPU
     entries: list[StartStage] = field(default_factory=list)
 
     @contextmanager
@@ -116,16 +123,22 @@ class StartupLedger:
         """
         started_s, before = time.monotonic(), self._bytes_used()
         yield
-        kept = self._bytes_used() - before if self.device.type == "cuda" else num_bytes
+        kept = self._bytes_used() - before if self._is_on_gpu else num_bytes
         self.entries.append(StartStage(name, time.monotonic() - started_s, kept))
 
     def note_imports(self) -> None:
         """Begin with what went before: the process and its imports."""
         self.entries.insert(0, StartStage("process and imports", _process_age_s(), 0))
 
+    @property
+    def _is_on_gpu(self) -> bool:
+        return self.device is not None and self.device.type == "cuda"
+
     def _bytes_used(self) -> int:
-        if self.device.type != "cuda":
+        if not self._is_on_gpu:
             return 0
+        import torch
+
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 

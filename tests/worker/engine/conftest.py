@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from headrace.worker.engine.architecture import Architecture
+from headrace.worker.engine.cpu_runner import CpuRunner
 from headrace.worker.engine.kv_pool import KVPool
 from headrace.worker.engine.outcome import take_results
-from headrace.worker.engine.runner import CpuRunner
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.weights import load_weights

@@ -16,7 +16,7 @@ import pytest
 
 from headrace.worker import frames
 from headrace.worker.engine.loop import CourierGone, Engine
-from headrace.worker.engine.sampling import Sampled
+from headrace.worker.engine.sampled import Sampled
 from headrace.worker.frames import Cancel, EngineConfig, Reason, Stop
 
 VOCAB, BLOCK_SIZE, MAX_SEQS = 97, 4, 6

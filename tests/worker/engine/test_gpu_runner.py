@@ -8,7 +8,8 @@ import transformers
 from headrace.tests.worker.engine.conftest import Harness
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
 from headrace.worker.engine.gpu_start import build_gpu_runner
-from headrace.worker.engine.runner import DeviceLost, build_runner
+from headrace.worker.engine.last_words import DeviceLost
+from headrace.worker.engine.runner import build_runner
 from headrace.worker.frames import EngineConfig, SamplingParams
 
 pytestmark = [

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from headrace.worker import frames
 from headrace.worker.engine.loop import Engine
-from headrace.worker.engine.runner import build_runner, stub_token
+from headrace.worker.engine.runner import build_runner
+from headrace.worker.engine.stub import stub_token
 from headrace.worker.frames import Cancel, EngineConfig, Reason, SamplingParams, Stop
 
 #: seconds any answer may take on a busy machine before the test fails.

@@ -5,7 +5,7 @@ import pytest
 
 from headrace.worker.engine.batch import build_batch
 from headrace.worker.engine.outcome import end_entries, take_results
-from headrace.worker.engine.sampling import Sampled
+from headrace.worker.engine.sampled import Sampled
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.slots import SlotTable
 from headrace.worker.frames import Reason

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from headrace.tests.worker.engine.conftest import Harness
 from headrace.worker.engine.architecture import Architecture, UnsupportedModel
+from headrace.worker.engine.cpu_runner import CpuRunner
 from headrace.worker.engine.flat import flatten
-from headrace.worker.engine.runner import CpuRunner, StubRunner, build_runner, stub_token
+from headrace.worker.engine.runner import build_runner
 from headrace.worker.engine.startup import StartupLedger
+from headrace.worker.engine.stub import StubRunner, stub_token
 from headrace.worker.frames import EngineConfig, SamplingParams
 
 

@@ -10,6 +10,7 @@ from headrace.kernels.logprobs import logprobs_reference
 from headrace.kernels.penalise import penalise_reference
 from headrace.kernels.sample import sample_reference
 from headrace.worker.engine import sampling
+from headrace.worker.engine.sampled import check_params
 from headrace.worker.engine.sequence import Sequence, SequenceError
 from headrace.worker.frames import SamplingParams
 
@@ -189,13 +190,13 @@ BAD = [
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_parameters_out_of_range_are_refused_by_name(bad):
     with pytest.raises(SequenceError, match=next(iter(bad))) as refused:
-        sampling.check_params(SamplingParams(**bad), VOCAB)
+        check_params(SamplingParams(**bad), VOCAB)
     assert refused.value.code == "bad_sampling"
 
 
 def test_the_extremes_that_are_allowed_pass():
     for params in ({"top_p": 0.0}, {"min_p": 1.0}, {"seed": -(2**63)}, {"logprobs": 20}, {}):
-        sampling.check_params(SamplingParams(**params), VOCAB)
+        check_params(SamplingParams(**params), VOCAB)
 
 
 def test_values_tied_at_the_threshold_beyond_the_leaders_are_counted(sequence):

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 
 from headrace.worker.engine.kv_pool import KVPool
 from headrace.worker.engine.outcome import take_results
-from headrace.worker.engine.sampling import Sampled
+from headrace.worker.engine.sampled import Sampled
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence, SequenceError
 

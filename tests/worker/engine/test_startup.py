@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import torch
 
-from headrace.worker.engine import runner, startup
+from headrace.worker.engine import startup
 from headrace.worker.engine.runner import resolve_config
 from headrace.worker.engine.startup import StartupLedger, fill_limits, gpu_uuid
 from headrace.worker.frames import EngineConfig
@@ -56,7 +56,7 @@ def test_fp8_is_left_to_a_gpu():
 
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_auto_is_the_gpu_where_there_is_one(has_gpu, monkeypatch):
-    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     config = EngineConfig("")
     expected = "cuda" if has_gpu else "cpu"
     assert resolve_config(config).device == expected
