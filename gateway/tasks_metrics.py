@@ -177,8 +177,15 @@ def _queues(depths: dict[str, list[LaneDepth]]) -> list[Metric]:
         "headrace_queue_oldest_seconds", "Age of the oldest queued job; 0: none.", labels=labels
     )
     lanes = GaugeMetricFamily("headrace_queue_lanes", "Lanes that hold a job.", labels=labels)
+    suspects = GaugeMetricFamily(
+        "headrace_suspects",
+        "Queued jobs that wait to run apart: an engine died with them in hand.",
+        labels=["model"],
+    )
     now_ms = time.time() * 1000
     for model, found in depths.items():
+        num_suspects = sum(lane.num_queued for lane in found if lane.is_of_suspects)
+        suspects.add_metric([model], num_suspects)
         for job_class in sorted({"interactive", "batch", *(_class_of(lane) for lane in found)}):
             mine = [lane for lane in found if _class_of(lane) == job_class]
             first_ms = min((lane.oldest_ms for lane in mine if lane.oldest_ms), default=now_ms)
@@ -187,7 +194,7 @@ def _queues(depths: dict[str, list[LaneDepth]]) -> list[Metric]:
             held.add_metric(key, sum(lane.num_held for lane in mine))
             oldest.add_metric(key, max(0.0, now_ms - first_ms) / 1000)
             lanes.add_metric(key, len(mine))
-    return [queued, held, oldest, lanes]
+    return [queued, held, oldest, lanes, suspects]
 
 
 def _sampled(found: tuple[Sampled, float] | None) -> list[Metric]:

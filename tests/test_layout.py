@@ -103,10 +103,10 @@ def test_folders_are_one_deep_but_for_engine_and_dashboard():
 
 def test_tests_mirror_the_tree():
     # A folder of tests stands for a folder of code; golden/ holds the wire's pinned bytes, browser/
-    # drives Chromium through the pages of a whole fleet.
+    # drives Chromium through the pages of a whole fleet, faults/ is the fault campaign.
     inside = [path.relative_to(ROOT / "tests") for path in files("tests")]
     folders = {path.parts[0] for path in inside if len(path.parts) > 1}
-    assert folders <= {*FOLDERS, "browser", "golden"}
+    assert folders <= {*FOLDERS, "browser", "faults", "golden"}
 
 
 # -- imports ---------------------------------------------------------------------------------
