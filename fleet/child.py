@@ -27,6 +27,10 @@ PR_SET_PDEATHSIG = 1
 
 POLL_S = 0.01
 
+#: Starts of a child whose `before_exec` failed: a change of user was seen to fail twice in sixty
+#: starts of a busy machine, and never again.
+NUM_TRIES = 3
+
 #: How many lines of a child's log an error shows.
 TAIL_LINES = 30
 
@@ -47,11 +51,16 @@ def start_child(
 
     def prepare() -> None:
         if before_exec is not None:
-            before_exec()
+            try:
+                before_exec()
+            except Exception as error:
+                os.write(2, f"before exec: {error!r}\n".encode())  # subprocess tells no more
+                raise
         tie()  # last: a change of user clears PDEATHSIG
 
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
+
+    def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [str(part) for part in argv],
             stdin=subprocess.DEVNULL,
@@ -63,6 +72,14 @@ def start_child(
             start_new_session=True,
             preexec_fn=prepare,
         )
+
+    try:
+        for _ in range(NUM_TRIES - 1):
+            try:
+                return start()
+            except subprocess.SubprocessError:  # before_exec: its error is in the log
+                continue
+        return start()
     finally:
         os.close(handle)
 
