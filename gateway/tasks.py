@@ -8,13 +8,18 @@ Redis and Postgres may be away: a task then ends with a log line, and the next t
 A tick that was not run before the next one is due is dropped (`expires`), so nothing piles up.
 There is one process without a pool: a walk of a long backlog gives the sampler its turn between
 pages. With a pool (`--pool prefork`) runs are counted in its processes and shown by their parent.
+Beat (`-B`) is a child of that process, and ends with it however it ends: alone it would go on
+sending ticks that nobody runs. (On Linux; elsewhere an orderly stop ends it.)
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +27,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery import Celery
-from celery.signals import celeryd_init, setup_logging, worker_ready, worker_shutdown
+from celery.signals import (
+    beat_embedded_init,
+    celeryd_init,
+    setup_logging,
+    worker_ready,
+    worker_shutdown,
+)
 
 from headrace.contract import database, keys, log, redis_client
 from headrace.contract.accounts import Accounts
@@ -44,6 +55,8 @@ from headrace.gateway.upkeep import Upkeep
 if TYPE_CHECKING:  # imported once its folder is named: see _serve_metrics
     from headrace.gateway.tasks_metrics import TaskMetrics
 
+#: prctl option: the signal a process gets when the thread that forked it ends.
+PR_SET_PDEATHSIG = 1
 #: Seconds between samples of the fleet.
 SAMPLE_EVERY_S = 5.0
 #: Seconds between steps of the replays of dead letters.
@@ -235,3 +248,11 @@ def _configure_logging(**_: object) -> None:
 
 setup_logging.connect(_configure_logging, weak=False)
 app = create_celery(_read_settings)
+
+
+def _end_with_parent(**_: object) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+beat_embedded_init.connect(_end_with_parent, weak=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
@@ -200,9 +202,9 @@ def test_a_run_is_counted_with_its_outcome_and_rows():
     assert at(found, "headrace_task_seconds_count", task="relay") == 4
 
 
-@pytest.mark.parametrize("pool", [["--pool", "solo", "-B"], ["--pool", "prefork", "-B"]])
-def test_celery_shows_the_runs_of_all_its_processes(pool, redis_url, database_url, tmp_path):
-    """With a pool the runs are counted in its processes, and shown by their parent."""
+@contextlib.contextmanager
+def celery(pool, redis_url, database_url, tmp_path):
+    """Run the tasks; yields their process and their metrics once some have run."""
     bind = f"127.0.0.1:{free_port()}"
     env = {
         "PATH": os.environ["PATH"],
@@ -219,16 +221,34 @@ def test_celery_shows_the_runs_of_all_its_processes(pool, redis_url, database_ur
     log = tmp_path / "tasks.log"
     child = start_child(argv, log=log, env=env, death_signal=signal.SIGKILL, cwd=tmp_path)
     try:
-        text = wait_for_runs(f"http://{bind}/metrics", child, log)
+        yield child, wait_for_runs(f"http://{bind}/metrics", child, log)
     finally:
         child.send_signal(signal.SIGTERM)
         child.wait(PATIENCE_S)
-    found = samples(text)
+
+
+@pytest.mark.parametrize("pool", [["--pool", "solo", "-B"], ["--pool", "prefork", "-B"]])
+def test_celery_shows_the_runs_of_all_its_processes(pool, redis_url, database_url, tmp_path):
+    """With a pool the runs are counted in its processes, and shown by their parent."""
+    with celery(pool, redis_url, database_url, tmp_path) as (_, text):
+        found = samples(text)
     assert at(found, "headrace_store_up", store="redis") == 1
     assert any(name == "headrace_build_info" for name, _ in found)
     assert at(found, "headrace_task_last_run_timestamp_seconds", task="relay") > time.time() - 60
-    assert " ERROR " not in log.read_text()
+    assert " ERROR " not in (tmp_path / "tasks.log").read_text()
     assert not list(tmp_path.glob("headrace-tasks-metrics-*")), "the counts' folder is left"
+
+
+def test_beat_ends_with_a_process_that_is_killed(redis_url, database_url, tmp_path):
+    pool = ["--pool", "solo", "-B"]
+    with celery(pool, redis_url, database_url, tmp_path) as (child, _):
+        (beat,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        child.kill()
+        child.wait(PATIENCE_S)
+        deadline = time.monotonic() + PATIENCE_S
+        while Path(f"/proc/{beat}").exists():
+            assert time.monotonic() < deadline, "beat goes on without anybody to run its ticks"
+            time.sleep(0.05)
 
 
 def wait_for_runs(url: str, child: subprocess.Popen[bytes], log) -> str:
