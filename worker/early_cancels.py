@@ -35,9 +35,10 @@ class EarlyCancels:
         now = self._clock()
         self._noted.pop(job, None)
         self._noted[job] = now
-        for oldest in list(self._noted):
-            if self._noted[oldest] > now - KEEP_S and len(self._noted) <= MAX_KEPT:
-                break
+        while True:  # ends with the newest at the latest; looks at no more than it forgets
+            oldest, at = next(iter(self._noted.items()))
+            if at > now - KEEP_S and len(self._noted) <= MAX_KEPT:
+                return
             del self._noted[oldest]
 
     def take(self, job: str) -> bool:
