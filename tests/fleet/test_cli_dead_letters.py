@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine
 
-from headrace.contract.accounts import Accounts
 from headrace.contract.database import connect
 from headrace.contract.ids import new_id
-from headrace.contract.roles import Role
-from headrace.contract.wire import ModelCard
-from headrace.fleet.cli import run
 from headrace.tests.contract.burial import bury
 from headrace.tests.fleet.fleet_parts import Fleet, wait_for
-
-MODEL = "nobodys"
-Cli = Callable[..., tuple[int, str, str]]
+from headrace.tests.fleet.nobodys import MODEL, Cli, admin_cli, nobodys_fleet
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("dead-letters")
-    made = Fleet(folder, folder / MODEL)
-    made.start_servers()
-    try:
-        engine = connect(made.postgres.url)
-        accounts = Accounts(engine)
-        card = {"folder": "/nowhere", "max_seq_tokens": 1024, "vocab_size": 1000}
-        accounts.register_model(
-            ModelCard(name=MODEL, dtype="float32", has_chat_template=False, **card)
-        )
-        made.key = accounts.create_key(tenant="ops", name="k", role=Role.OPERATOR).secret
-        made.other_key = accounts.create_key(tenant="ops", name="v", role=Role.VIEWER).secret
-        engine.dispose()
+    with nobodys_fleet(tmp_path_factory.mktemp("dead-letters")) as made:
         made.start("tasks", "tasks")
         made.start("more-tasks", "tasks")
-        made.start_gateway()
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +42,7 @@ def dead(fleet, engine):
 
 @pytest.fixture
 def cli(fleet, capfd) -> Cli:
-    """Run a command; return its exit code, its output, and what it said about it."""
-
-    def cli(*arguments: str, key: str = "") -> tuple[int, str, str]:
-        environ = {
-            "HEADRACE_API_URL": fleet.api,
-            "HEADRACE_API_KEY": key or fleet.key,
-            "HEADRACE_DATA_DIR": str(fleet.folder),
-        }
-        code = run(["admin", "dead-letters", *arguments], environ)
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return cli
+    return admin_cli(fleet, capfd, "dead-letters")
 
 
 def as_json(cli: Cli, *arguments: str) -> dict:
