@@ -20,6 +20,7 @@ import json
 import random
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,7 @@ def run_scenario(scenario: Scenario, model: Path, options: Options) -> Outcome:
             main.run(lambda: _drive(scenario, stage, recorder, options, jobs, faults))
         except Exception as error:  # noqa: BLE001  a broken scenario is a finding of its own
             stage.note("broken", f"{type(error).__name__}: {error}")
+            (folder / "broken.txt").write_text("".join(traceback.format_exception(error)))
         finally:
             stage.stop()
     rules = (scenario.slice_rules if options.is_slice else None) or scenario.rules

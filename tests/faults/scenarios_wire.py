@@ -183,9 +183,14 @@ async def steal(run: Run) -> bool:
         if lane is None or entry is None:
             return False
         stream = keys.lane_stream(model, lane.decode())
-        taken = await client.xclaim(
-            stream, keys.GROUP, "thief", 0, [entry], idle=3_600_000, justid=True
-        )
+        try:
+            taken = await client.xclaim(
+                stream, keys.GROUP, "thief", 0, [entry], idle=3_600_000, justid=True
+            )
+        except redis.exceptions.ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            return False  # the job has ended since, and its lane was empty and is gone
         await client.publish(keys.wake_channel(model), "work")
     if taken:
         run.fault("steal-entry", job)
