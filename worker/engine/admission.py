@@ -10,9 +10,12 @@ and take the largest sum of contexts over all moments at which one of them is ab
                   (context_j + remaining_i), each rounded up to whole blocks
 
 (Between two endings every context only grows, so the peak lies right before an ending.)
+Blocks that several sequences share are there once, until the last of these ends. Of those alive at
+a moment sum(shared_j) table entries are shared blocks, of which there are no more than `num_shared`
+in all: the entries above that are counted twice at least, and taken off.
 
 Invariants:
- 1. The peak is at least the present sum of contexts and at most the sum at max_tokens.
+ 1. The peak is at least what is held at present and at most the sum at max_tokens.
  2. One more sequence never lowers the peak.
 
 Called by: scheduler.py.
@@ -76,6 +79,8 @@ def predict_peak_tokens(
     contexts: np.ndarray,  # [num_seqs] tokens known
     remaining: np.ndarray,  # [num_seqs] tokens expected yet
     block_size: int,
+    shared: np.ndarray | None = None,  # [num_seqs] blocks of each that others hold as well
+    num_shared: int = 0,  # different ones among them, at most
 ) -> int:
     """Return the largest number of pool tokens held at once."""
     if not len(contexts):
@@ -85,4 +90,7 @@ def predict_peak_tokens(
     alive = np.arange(1, len(contexts) + 1)
     # Each may stand anywhere within its last block: a whole one less a token is the most it wastes.
     waste = alive * (block_size - 1)
-    return int((np.cumsum(contexts) + alive * remaining + waste).max())
+    tokens = np.cumsum(contexts) + alive * remaining + waste
+    if shared is not None:
+        tokens -= np.maximum(np.cumsum(shared[order]) - num_shared, 0) * block_size
+    return int(tokens.max())

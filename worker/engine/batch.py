@@ -14,6 +14,7 @@ Invariants:
  3. Applied in order, `new_blocks` of all batches give a runner the tables of the SlotTable;
     `started` come before their blocks and mean that the slot's state of before is void.
  4. Batches are built in the order in which they are submitted.
+ 5. Nothing is taken out of a firm plan.
 
 Called by: scheduler.py (plan, build), runners (readers), outcome.py.
 """
@@ -47,6 +48,9 @@ class Plan:
     max_prefill_tokens: int
     chunks: list[Chunk] = field(default_factory=list)
     num_prefill_tokens: int = 0
+    planned: dict[bytes, int] = field(default_factory=dict)  # by name, the blocks it will fill
+    num_noted: int = 0  # chunks whose blocks are in `planned`
+    is_firm: bool = False  # a sequence of it reads what another's chunk of it will write
 
     @property
     def num_tokens(self) -> int:
@@ -62,9 +66,12 @@ class Plan:
 
     def drop(self, slot: int) -> None:
         """Take a slot out whose sequence is being preempted."""
+        assert not self.is_firm, "a chunk is taken out that another sequence may rely on"
         self.decodes = self.decodes[self.decodes != slot]
         self.chunks = [chunk for chunk in self.chunks if chunk.slot != slot]
         self.num_prefill_tokens = sum(chunk.num_tokens for chunk in self.chunks)
+        self.planned.clear()
+        self.num_noted = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ Invariants:
     pessimistic the prediction.
  2. A sequence is refused again without a look only while nobody came, started or left.
  3. The room left accounts for every sequence added so far.
+ 4. Blocks that running sequences share count once; so do those that a sequence asked about would
+    share with them. In the room left waiting ones count whole: what they will share is not known.
 
 Called by: scheduler.py.
 """
@@ -20,8 +22,10 @@ from collections.abc import Collection
 import numpy as np
 
 from headrace.worker.engine.admission import LengthHistory, predict_peak_tokens
+from headrace.worker.engine.batch import Plan
 from headrace.worker.engine.kv_pool import KVPool
 from headrace.worker.engine.sequence import Sequence
+from headrace.worker.engine.sharing import Sharing
 from headrace.worker.engine.slots import SlotTable
 
 #: plans for which a predicted peak is believed while nobody comes or goes.
@@ -33,9 +37,12 @@ MANY_WAITING = 64
 class Forecast:
     """Predicted peaks of running and waiting sequences."""
 
-    def __init__(self, pool: KVPool, table: SlotTable, lengths: LengthHistory) -> None:
+    def __init__(
+        self, pool: KVPool, table: SlotTable, sharing: Sharing, lengths: LengthHistory
+    ) -> None:
         self._pool = pool
         self._table = table
+        self._sharing = sharing
         self._lengths = lengths
         self._num_plans = 0
         self._num_added = 0
@@ -52,7 +59,7 @@ class Forecast:
         self._num_changes += 1
 
     def note_change(self) -> None:
-        """A sequence started, was preempted or ended."""
+        """A sequence started, was preempted or ended, or blocks that it may share were computed."""
         self._num_changes += 1
 
     def was_refused(self, seq: Sequence) -> bool:
@@ -66,17 +73,22 @@ class Forecast:
     def _refusal_of(self, seq: Sequence) -> tuple[int, ...]:
         return seq.asked.seq_id, self._num_changes, self._num_plans // PEAK_PLANS
 
-    def fits(self, slots: np.ndarray, seq: Sequence) -> bool:
+    def fits(self, slots: np.ndarray, seq: Sequence, plan: Plan) -> bool:
         """Say whether a waiting sequence may run beside those slots, and a slot is left."""
         if not len(slots):
             return True
         if len(slots) == self._table.max_num_seqs:
             return False
-        waste_tokens = (len(slots) + 1) * (self._pool.block_size - 1)
+        block_size, num_tokens = self._pool.block_size, self._pool.num_tokens
         most_tokens = int(self._table.num_max[slots].sum()) + seq.num_prompt + seq.asked.max_tokens
-        if most_tokens + waste_tokens <= self._pool.num_tokens:
+        most_tokens += (len(slots) + 1) * (block_size - 1)
+        if most_tokens <= num_tokens:
             return True  # whatever the prediction, at a fraction of its cost
-        return self._peak_tokens(slots, [seq]) <= self._pool.num_tokens
+        shared, num_shared = self._sharing.beside(slots, seq, plan)
+        num_twice = max(int(shared.sum()) - num_shared, 0)
+        if most_tokens - num_twice * block_size <= num_tokens:
+            return True
+        return self._peak_tokens(slots, [seq], shared, num_shared) <= num_tokens
 
     def room_tokens(self, queues: Collection[Collection[Sequence]]) -> int:
         """Return the pool's tokens less the predicted peak of all that is here; may be negative."""
@@ -87,15 +99,28 @@ class Forecast:
         now = (self._num_added, changes, self._num_plans // PEAK_PLANS)
         if when != now:
             waiting = [seq for queue in queues for seq in queue]
-            tokens = self._pool.num_tokens - self._peak_tokens(self._table.used(), waiting)
+            used = self._table.used()
+            shared = self._table.num_shared[used]
+            peak_tokens = self._peak_tokens(used, waiting, shared, self._pool.num_shared)
+            tokens = self._pool.num_tokens - peak_tokens
             self._room = (now, tokens)
         return tokens
 
-    def _peak_tokens(self, slots: np.ndarray, waiting: list[Sequence]) -> int:
+    def _peak_tokens(
+        self,
+        slots: np.ndarray,
+        waiting: list[Sequence],
+        shared: np.ndarray,  # [num_slots or more] num_shared of the slots, then of waiting ones
+        num_shared: int,
+    ) -> int:
         rows = [(seq.num_received, seq.num_output, seq.max_tokens_left) for seq in waiting]
         table, others = self._table, np.array(rows, np.int64).reshape(-1, 3).T
         known = table.num_known[slots]
         output, max_left = known - table.num_prompt[slots], table.num_max[slots] - known
         known, output, max_left = np.concatenate(((known, output, max_left), others), axis=1)
         remaining = self._lengths.predict_remaining(output, max_left)
-        return predict_peak_tokens(known, remaining, self._pool.block_size)
+        block_size = self._pool.block_size
+        if not num_shared:
+            return predict_peak_tokens(known, remaining, block_size)
+        shared = np.pad(shared, (0, len(known) - len(shared)))
+        return predict_peak_tokens(known, remaining, block_size, shared, num_shared)

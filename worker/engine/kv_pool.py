@@ -17,7 +17,9 @@ Invariants, all asserted by `check()`:
  5. `allocate` gives all it was asked for or changes nothing.
  6. What is evicted is the cached block unused for longest.
 
-Called by: scheduler.py only.
+ 7. `num_shared` is the number of blocks with two owners or more.
+
+Called by: scheduler.py, sharing.py, forecast.py (sizes).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class KVPool:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_shared = 0  # blocks with two owners or more
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_owners = [0] * num_blocks
         self._index = PrefixIndex()
@@ -81,9 +84,21 @@ class KVPool:
 
     def match(self, names: Sequence[bytes]) -> int:
         """Return how many leading names have a block, owned or cached."""
-        return next(
-            (i for i, name in enumerate(names) if self._index.find(name) is None), len(names)
-        )
+        return len(self.find(names))
+
+    def find(self, names: Sequence[bytes]) -> list[int]:
+        """Return the blocks of the leading names that have one, owned or cached."""
+        blocks: list[int] = []
+        for name in names:
+            if (block := self._index.find(name)) is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def count_owners(self, blocks: Iterable[int]) -> list[int]:
+        """Return how many tables each block stands in."""
+        num_owners = self._num_owners
+        return [num_owners[block] for block in blocks]
 
     def acquire(self, names: Sequence[bytes]) -> list[int]:
         """Become an owner of the blocks with these names, all of which `match` has found."""
@@ -93,6 +108,7 @@ class KVPool:
             assert block is not None, "acquire() of a name that match() did not find"
             self._index.own(block)
             self._num_owners[block] += 1
+            self.num_shared += self._num_owners[block] == 2
             table.append(block)
         return table
 
@@ -123,6 +139,7 @@ class KVPool:
         assert self._num_owners[block] > 0, f"block {block} released more often than owned"
         self._num_owners[block] -= 1
         if self._num_owners[block]:
+            self.num_shared -= self._num_owners[block] == 1
             return
         if self._index.name_of(block) is None:
             self._free.append(block)
@@ -141,6 +158,7 @@ class KVPool:
         assert not free & named  # 2
         shared = {block for block, owners in enumerate(self._num_owners) if owners > 1}
         assert shared <= named  # 3
+        assert self.num_shared == len(shared)  # 7
         counted = Counter(block for table in tables for block in table)
         assert dict(counted) == {block: self._num_owners[block] for block in owned}  # 4
         self._index.check()

@@ -29,8 +29,6 @@ Invariants, asserted by `check()`:
     always go on, since each fits the pool alone (`add` refuses what does not) and may take the
     blocks of the others.
  5. Blocks of running sequences are all those that the pool has owners for.
- 6. A block is named only when it was submitted to be computed, and its tokens and the one after
-    them are received: so no stop token is in it, whose row a device leaves out.
 
 Called by: loop.py.
 """
@@ -47,6 +45,7 @@ from headrace.worker.engine.cost import StepCost
 from headrace.worker.engine.forecast import Forecast
 from headrace.worker.engine.kv_pool import KVPool
 from headrace.worker.engine.sequence import Sequence, SequenceError
+from headrace.worker.engine.sharing import Sharing
 from headrace.worker.engine.slots import SlotTable
 
 
@@ -82,7 +81,8 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}  # all that have not ended, by seq_id
         self._waiting: tuple[deque[Sequence], deque[Sequence]] = (deque(), deque())  # [is_batch]
         self._started: dict[int, Sequence] = {}  # by slot, since the last batch
-        self._forecast = Forecast(pool, self.table, self.lengths)
+        self._sharing = Sharing(pool, self.table)
+        self._forecast = Forecast(pool, self.table, self._sharing, self.lengths)
 
     @property
     def num_running(self) -> int:
@@ -145,12 +145,13 @@ class Scheduler:
             table.num_computed[chunk.slot] += chunk.num_tokens
         table.num_known[batch.due_slots] += 1
         if plan.chunks:
-            self._offer_full_blocks(np.array([chunk.slot for chunk in plan.chunks], np.int32))
+            self._sharing.offer_full_blocks(np.array([chunk.slot for chunk in plan.chunks]))
+            self._forecast.note_change()
         return batch
 
     def settle(self, slots: np.ndarray) -> None:
         """Note that values of these slots came, from numbers; their sequences may have ended."""
-        self._offer_full_blocks(slots)
+        self._sharing.offer_full_blocks(slots)
 
     def learn(self, batch: Batch, step_s: float) -> None:
         """Note what a step took; nobody asks while chunks have no target."""
@@ -222,7 +223,7 @@ class Scheduler:
             seq = (self._waiting[0] or self._waiting[1])[0]
             if not self._make_room(seq, plan):
                 return
-            slot = self._start(seq)
+            slot = self._start(seq, plan)
             num_tokens = min(seq.num_pending, left)
             # The predicted peak holds all known tokens in whole blocks, so these are there.
             given = self._give_blocks(slot, num_tokens)
@@ -235,29 +236,26 @@ class Scheduler:
         if forecast.was_refused(seq):
             return False
         used, is_batch = self.table.used(), self.table.is_batch
-        if forecast.fits(used, seq):
+        if forecast.fits(used, seq, plan):
             return True
         is_junior = is_batch[used] > seq.asked.is_batch
         others, juniors = used[~is_junior], used[is_junior]
-        if not len(juniors) or not forecast.fits(others, seq):
+        if not len(juniors) or not forecast.fits(others, seq, plan):
             forecast.refuse(seq)
             return False
+        if plan.is_firm:
+            return False  # in the next step: what is in this one may rely on any chunk of it
         left = self.table.by_seniority(juniors)
-        while not forecast.fits(np.concatenate((others, np.array(left, np.int64))), seq):
+        while not forecast.fits(np.array([*others, *left], np.int64), seq, plan):
             self._preempt(left.pop(), plan)
         return True
 
-    def _start(self, seq: Sequence) -> int:
-        """Give the head of its queue a slot, with what the prefix cache has of it."""
+    def _start(self, seq: Sequence, plan: Plan) -> int:
+        """Give the head of its queue a slot, with what there is of its prefix."""
         self._waiting[seq.asked.is_batch].popleft()
-        table, block_size = self.table, self.pool.block_size
+        table = self.table
         slot = table.give(seq)
-        seq.extend_names(block_size, seq.num_received)
-        # At least one token is computed, or there would be no logits.
-        usable = seq.names[: (seq.num_received - 1) // block_size]
-        table.add_blocks(slot, self.pool.acquire(usable[: self.pool.match(usable)]))
-        table.num_named[slot] = table.num_blocks[slot]
-        table.num_computed[slot] = table.num_blocks[slot] * block_size
+        self._sharing.join(slot, seq, plan)
         self.prefix_hit_tokens_total += seq.num_computed
         if not seq.was_run:
             seq.cached_tokens = min(seq.num_computed, seq.num_prompt)
@@ -289,23 +287,6 @@ class Scheduler:
         queue.insert(at, seq)
         self.num_preempted_total += 1
 
-    def _offer_full_blocks(self, slots: np.ndarray) -> None:
-        """Name the blocks of these slots that are full and whose next token has come."""
-        table, block_size = self.table, self.pool.block_size
-        num_full = self._num_nameable(slots)
-        for at in np.flatnonzero(num_full > table.num_named[slots]).tolist():
-            slot, end = int(slots[at]), int(num_full[at])
-            seq, first = table.sequence(slot), int(table.num_named[slot])
-            seq.extend_names(block_size, end * block_size)
-            for i, block in enumerate(table.tables[slot, first:end].tolist(), first):
-                self.pool.name(block, seq.names[i])
-            table.num_named[slot] = end
-
-    def _num_nameable(self, slots: np.ndarray) -> np.ndarray:
-        table = self.table
-        num_tokens = np.minimum(table.num_computed[slots], table.num_received[slots] - 1)
-        return num_tokens // self.pool.block_size
-
     def _drop(self, seq: Sequence) -> list[int]:
         """Forget a sequence; return the blocks that it held."""
         del self._sequences[seq.asked.seq_id]
@@ -318,6 +299,7 @@ class Scheduler:
     def _leave(self, slot: int) -> list[int]:
         self._started.pop(slot, None)
         self._forecast.note_change()
+        self._sharing.leave(slot)
         return self.table.take_back(slot)
 
     def check(self, plan: Plan | None = None) -> None:
@@ -333,8 +315,7 @@ class Scheduler:
             assert arrivals == sorted(arrivals)
             assert not any(s.is_running or s.asked.is_batch != bool(is_batch) for s in queue)
         self.pool.check(seq.table for seq in running)  # 5
-        used = table.used()
-        assert (table.num_named[used] <= self._num_nameable(used)).all()  # 6
+        self._sharing.check()
         if plan is None:
             return
         slots = [*plan.decodes.tolist(), *(chunk.slot for chunk in plan.chunks)]

@@ -54,6 +54,7 @@ class SlotTable:
         self.num_blocks = counters()  # held
         self.num_sent_blocks = counters()  # of these, told to the runner in a batch
         self.num_named = counters()  # leading blocks offered to the prefix index
+        self.num_shared = counters()  # blocks that have another owner besides
         self.cached_tokens = counters()
         max_blocks = -(-max_seq_tokens // block_size)
         self.tables = np.full((max_num_seqs, _spread(max_blocks)), -1, np.int32)[:, :max_blocks]
@@ -165,7 +166,8 @@ class SlotTable:
     def _counters(self) -> list[np.ndarray]:
         return [
             *(self.num_prompt, self.num_known, self.num_received, self.num_computed, self.num_max),
-            *(self.num_blocks, self.num_sent_blocks, self.num_named, self.cached_tokens),
+            *(self.num_blocks, self.num_sent_blocks, self.num_named, self.num_shared),
+            self.cached_tokens,
         ]
 
     def check(self) -> None:

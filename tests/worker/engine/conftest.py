@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from headrace.tests.worker.engine.played import Played
 from headrace.worker.engine.architecture import Architecture
 from headrace.worker.engine.cpu_runner import CpuRunner
 from headrace.worker.engine.kv_pool import KVPool
@@ -107,6 +108,16 @@ def make_admit(seq_id, prompt, max_tokens, output=(), params=None, **asked):
 @pytest.fixture(scope="session")
 def admit():
     return make_admit
+
+
+@pytest.fixture
+def played(admit):
+    """Return a function that builds a scheduler whose model is played."""
+
+    def build(**limits):
+        return Played(admit, **limits)
+
+    return build
 
 
 @pytest.fixture(scope="session")

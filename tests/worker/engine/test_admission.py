@@ -1,5 +1,7 @@
 """admission.py: the predicted peak against a simulation of what it predicts."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,6 +36,37 @@ def test_invariant_2_one_more_sequence_never_lowers_the_peak(seqs, more):
         return predict_peak_tokens(*np.array(rows).T, 8)
 
     assert peak([*seqs, more]) >= peak(seqs)
+
+
+#: of a sequence: the prompt it begins with, blocks of that, tokens of its own, tokens left.
+SHARERS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(1, 30), st.integers(1, 60)),
+    min_size=1,
+    max_size=12,
+)
+
+
+def held_tokens(seqs, t, block_size):
+    """Return what those alive after t steps hold when a block stands in the pool once."""
+    alive = [seq for seq in seqs if seq[3] >= t]
+    prefixes = {(group, i) for group, num_blocks, _, _ in alive for i in range(num_blocks)}
+    own_blocks = sum(-(-(own + t) // block_size) for _, _, own, _ in alive)
+    return (len(prefixes) + own_blocks) * block_size
+
+
+@given(SHARERS, st.integers(1, 16))
+def test_invariant_1_shared_blocks_count_once_until_the_last_owner_ends(seqs, block_size):
+    owners = Counter((group, i) for group, num_blocks, _, _ in seqs for i in range(num_blocks))
+    is_shared = {block for block, count in owners.items() if count > 1}
+    shared = [sum((group, i) in is_shared for i in range(n)) for group, n, _, _ in seqs]
+    contexts = np.array([num_blocks * block_size + own for _, num_blocks, own, _ in seqs])
+    remaining = np.array([left for *_, left in seqs])
+    alone = predict_peak_tokens(contexts, remaining, block_size)
+    peak = predict_peak_tokens(contexts, remaining, block_size, np.array(shared), len(is_shared))
+    simulated = max(held_tokens(seqs, t, block_size) for t in range(remaining.max() + 1))
+    assert simulated <= peak <= alone
+    if len(set(remaining.tolist())) == 1:  # all end together: nothing is on the safe side
+        assert peak <= simulated + len(seqs) * (block_size - 1)
 
 
 def test_nothing_needs_nothing():

@@ -81,6 +81,22 @@ def test_invariant_6_the_block_unused_for_longest_is_evicted_first():
     assert [pool.match([name]) for name in (b"a", b"b", b"c")] == [1, 0, 1]
 
 
+def test_invariant_7_shared_blocks_are_counted_from_their_second_owner_to_the_last_but_one():
+    pool = KVPool(3, 8)
+    table = pool.allocate(2)
+    pool.name(table[0], b"a")
+    others = [pool.acquire([b"a"]) for _ in range(2)]
+    assert (pool.num_shared, pool.count_owners(table)) == (1, [3, 1])
+    pool.release(table)
+    assert pool.num_shared == 1
+    pool.release(others.pop())
+    assert pool.num_shared == 0
+    pool.check(others)
+    pool.num_shared = 1
+    with pytest.raises(AssertionError):
+        pool.check(others)
+
+
 def test_the_end_of_a_chain_is_evicted_before_its_start():
     pool = KVPool(3, 8)
     table = pool.allocate(3)

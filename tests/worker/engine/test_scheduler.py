@@ -1,8 +1,5 @@
 """scheduler.py: order, budget, admission and preemption; the model is played by the test."""
 
-from collections import deque
-
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,88 +12,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from headrace.tests.worker.engine.played import Played
 from headrace.worker.engine.kv_pool import KVPool
-from headrace.worker.engine.outcome import take_results
-from headrace.worker.engine.sampled import Sampled
 from headrace.worker.engine.scheduler import Scheduler
-from headrace.worker.engine.sequence import Sequence, SequenceError
-
-
-class Played:
-    """A scheduler whose sequences get the token 1 + their index whenever one is due.
-
-    With a depth, tokens come that many steps after they were made, as from a device; one that has
-    made its stop token goes on making what nobody should read.
-    """
-
-    def __init__(
-        self, make_admit, num_blocks=16, block_size=4, max_num_seqs=8, max_step_tokens=16, depth=0
-    ):
-        self.make_admit = make_admit
-        self.scheduler = Scheduler(KVPool(num_blocks, block_size), max_num_seqs, max_step_tokens)
-        self.depth = depth
-        self.in_flight = deque()
-        self.num_added = 0
-        self.ended = []
-        self.told = {}  # seq_id -> tokens, as frames would tell them
-
-    def add(self, num_prompt, max_tokens, first_token=100, **asked):
-        self.num_added += 1
-        prompt = range(first_token, first_token + num_prompt)
-        seq = Sequence.from_admit(
-            self.make_admit(self.num_added, prompt, max_tokens, **asked), self.num_added
-        )
-        self.scheduler.add(seq)
-        return seq
-
-    def step(self, stop=lambda num_output: False):
-        table = self.scheduler.table
-        if (plan := self.scheduler.plan()) is None:
-            assert self.in_flight, "there is nothing to wait for"
-            while self.in_flight:
-                self.collect()
-            plan = self.scheduler.plan()
-        self.scheduler.check(plan)
-        planned = [(table.sequence(slot), 1) for slot in plan.decodes]
-        planned += [(chunk.seq, chunk.num_tokens) for chunk in plan.chunks]
-        if planned:
-            batch = self.scheduler.submit(plan)
-            num_output = (table.num_known - table.num_prompt)[batch.due_slots]
-            is_stop = np.array([stop(int(n)) for n in num_output], bool)
-            is_finite = np.ones(len(is_stop), bool)
-            self.in_flight.append((batch, Sampled(num_output.copy(), is_finite, is_stop)))
-        while len(self.in_flight) > self.depth or (self.in_flight and not planned):
-            self.collect()
-        self.scheduler.check()
-        return planned
-
-    def collect(self):
-        outcome = take_results(*self.in_flight.popleft())
-        for entry in outcome.entries:
-            tokens = self.told.setdefault(int(entry["seq_id"]), [])
-            assert entry["index"] == len(tokens)
-            tokens.append(int(entry["token"]))
-        self.scheduler.settle(outcome.sound)
-        for slot, _ in outcome.ended:
-            seq = self.scheduler.table.sequence(slot)
-            self.scheduler.retire(seq, is_finished=True)
-            self.ended.append(seq)
-        self.scheduler.check()
-
-    def finish(self):
-        for _ in range(5000):
-            if not self.scheduler.has_work:
-                return
-            self.step()
-        raise AssertionError("the scheduler makes no progress")
-
-
-@pytest.fixture
-def played(admit):
-    def build(**limits):
-        return Played(admit, **limits)
-
-    return build
+from headrace.worker.engine.sequence import SequenceError
 
 
 def expect_lengths(scheduler, length):
@@ -297,26 +216,6 @@ def test_a_preemption_waits_for_the_values_in_flight(played):
     assert all(seq.output.tolist() == list(range(1, 25)) for seq in seqs)
 
 
-def test_invariant_6_a_block_is_not_named_before_its_tokens_have_come(played):
-    engine = played(block_size=4, depth=2)
-    seq = engine.add(7, 9)
-    for computed, named in ((7, 1), (8, 1), (9, 1), (10, 2)):
-        engine.step()
-        assert (seq.num_computed, engine.scheduler.table.num_named[seq.slot]) == (computed, named)
-
-
-def test_invariant_6_the_last_block_of_a_stopped_sequence_is_not_named(played):
-    # Its stop token is at the block's last place; the row that computes it is dead on a device.
-    engine = played(block_size=4, depth=2, max_step_tokens=32)
-    engine.add(7, 9)
-    while engine.scheduler.has_work:
-        engine.step(stop=lambda num_output: num_output == 1)
-    again = engine.add(7, 9)
-    assert engine.scheduler.pool.num_cached == 1
-    engine.step()
-    assert again.cached_tokens == 4
-
-
 def test_chunks_are_as_long_as_the_target_of_interactive_streams_allows(played, admit):
     def chunk_beside(is_batch):
         engine = played(num_blocks=1000, max_step_tokens=2000)
@@ -354,15 +253,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         num_prompt=st.integers(1, 30),
         max_tokens=st.integers(1, 20),
+        num_own=st.integers(0, 3),
+        num_logged=st.sampled_from([0, 0, 1, 6]),
         first_token=st.sampled_from([100, 200]),
+        salt=st.sampled_from([b"", b"", b"other"]),
         is_batch=st.booleans(),
     )
-    def add(self, **asked):
+    def add(self, num_prompt, max_tokens, num_logged, **asked):
+        num_logged = min(num_logged, max_tokens - 1)
         try:
-            self.live.append(self.engine.add(**asked))
+            self.live.append(
+                self.engine.add(num_prompt, max_tokens, num_logged=num_logged, **asked)
+            )
         except SequenceError:
             fits = self.engine.scheduler.pool.num_tokens
-            assert asked["num_prompt"] + asked["max_tokens"] > fits
+            assert num_prompt + asked["num_own"] + max_tokens > fits
 
     @rule(stop_at=st.integers(1, 25))
     def step(self, stop_at):
@@ -375,7 +280,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if seq in self.engine.ended:
             return
         if is_spoiled:
-            self.engine.scheduler.retire_spoiled(seq)
+            self.engine.clear(self.engine.scheduler.retire_spoiled(seq))
         else:
             self.engine.scheduler.retire(seq, is_finished=False)
 
