@@ -61,6 +61,7 @@ class Played:
             while self.in_flight:
                 self.collect()
             plan = self.scheduler.plan()
+        assert plan is not None
         self.scheduler.check(plan)
         planned = [(table.sequence(slot), 1) for slot in plan.decodes]
         planned += [(chunk.seq, chunk.num_tokens) for chunk in plan.chunks]

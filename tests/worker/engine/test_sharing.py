@@ -91,6 +91,17 @@ def test_invariant_1_nothing_leaves_a_plan_that_others_rely_on(played):
         firm.drop(0)
 
 
+def test_what_was_taken_out_of_a_plan_is_joined_by_nobody(played):
+    engine = played(num_blocks=18, block_size=4, max_step_tokens=32)
+    batch = engine.add(37, 24, is_batch=True)
+    engine.step()
+    urgent, similar = engine.add(12, 12, first_token=900), engine.add(37, 1, num_own=1)
+    # The batch one's last chunk is planned, looked at for the urgent one, and dropped for it.
+    assert engine.step() == [(urgent, 12), (similar, 6)]
+    assert (batch.is_running, similar.cached_tokens) == (False, 32)
+    engine.finish()
+
+
 def test_invariant_2_blocks_count_as_shared_from_the_second_owner_to_the_last_but_one(played):
     engine = played(num_blocks=64, block_size=4, max_step_tokens=64)
     scheduler = engine.scheduler
