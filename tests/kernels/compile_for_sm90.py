@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from headrace.kernels.decode_layers import LayersTuning, LayersWork, LayerTensors, decode_layers
 from headrace.kernels.decode_merge import merge_splits
 from headrace.kernels.decode_work import DecodeWork
 from headrace.kernels.embed import embed_rms_norm
@@ -187,6 +188,32 @@ def linear_launches(dtype: torch.dtype) -> None:
             skinny_linear(meta(m, k, dtype=dtype), weight, bias=bias, **options)
 
 
+def layers_launches(dtype: torch.dtype) -> None:
+    """Launch all layers of a step in one: a narrow model and, in bf16, a wide one with a window."""
+    hidden, inter, head_dim = 576, 1536, 64
+    kinds = [((9, 3, head_dim), LayersTuning(128, 1024), None)]
+    if dtype == torch.bfloat16:
+        kinds.append(((12, 4, head_dim), LayersTuning(128, 512, held_bytes=0), 300))
+    for heads, tuning, window in kinds:
+        q, width = heads[0] * head_dim, (heads[0] + 2 * heads[1]) * head_dim
+        row, angles = meta(1, dtype=torch.int32), meta(1024, head_dim // 2, dtype=torch.float32)
+        norm, head_norm = meta(hidden, dtype=dtype), meta(head_dim, dtype=dtype)
+        layer = LayerTensors(
+            norm, meta(width, hidden, dtype=dtype), meta(width, dtype=dtype), head_norm, head_norm,
+            meta(hidden, q, dtype=dtype), norm, norm, meta(2 * inter, hidden, dtype=dtype),
+            meta(2 * inter, dtype=dtype), meta(hidden, inter, dtype=dtype), norm,
+        )  # fmt: skip
+        work = LayersWork.allocate([layer, layer], [window, window], heads, tuning)
+        cache, tables = (
+            meta(2, 8, heads[1], 64, head_dim, dtype=dtype),
+            meta(8, 32, dtype=row.dtype),
+        )
+        embedding = meta(1000, hidden, dtype=dtype)
+        decode_layers(
+            work, embedding, row, row, row, row, row, tables, angles, angles, cache, cache, 1e-6
+        )
+
+
 def lm_head_launches(dtype: torch.dtype) -> None:
     """Launch what reads the lm_head's weight, in the tile of each batch size."""
     f32, i32 = meta(1024, dtype=torch.float32), meta(1024, dtype=torch.int32)
@@ -233,6 +260,8 @@ def cases() -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
         yield {"dtype": name, "head_dim": None}, lambda dtype=dtype: row_launches(dtype)
         yield {"dtype": name, "head_dim": None}, lambda dtype=dtype: linear_launches(dtype)
         yield {"dtype": name, "head_dim": None}, lambda dtype=dtype: lm_head_launches(dtype)
+        if dtype != torch.float32:  # in fp32 it is the interpreter's
+            yield {"dtype": name, "head_dim": None}, lambda dtype=dtype: layers_launches(dtype)
         for head_dim in COMPILED_HEAD_DIMS[dtype]:
             yield (
                 {"dtype": name, "head_dim": head_dim},

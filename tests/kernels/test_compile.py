@@ -34,6 +34,8 @@ KERNELS = {
     "_lm_head_pick_kernel",
     "_chosen_logprobs_kernel",
 }
+#: A whole step of one row: in 16 bits only.
+LAYERS_KERNELS = {"_decode_layers_kernel"}
 #: Work on logits, which are fp32 whatever the model is.
 LOGITS_KERNELS = {
     "_survey_kernel",
@@ -72,6 +74,7 @@ def test_every_kernel_compiles_in_every_dtype(compiled):
     built = {(row["kernel"], row["dtype"]) for row in compiled if row["cubin_bytes"] > 0}
     dtypes = ("float32", "float16", "bfloat16")
     wanted = {(kernel, dtype) for kernel in KERNELS for dtype in dtypes}
+    wanted |= {(kernel, dtype) for kernel in LAYERS_KERNELS for dtype in dtypes[1:]}
     wanted |= {(kernel, "float32") for kernel in LOGITS_KERNELS}
     wanted |= {(kernel, "int32") for kernel in STEP_KERNELS}
     assert built == wanted
@@ -97,7 +100,7 @@ def test_attention_compiles_for_every_head_dim(compiled):
 def test_matrix_products_run_on_tensor_cores(compiled):
     rows = [row for row in compiled if row["has_dot"]]
     kernels = {"_paged_decode_kernel", "_paged_prefill_kernel", "_lm_head_kernel"}
-    assert {row["kernel"] for row in rows} == kernels | {"_skinny_tiles_kernel"}
+    assert {row["kernel"] for row in rows} == kernels | LAYERS_KERNELS | {"_skinny_tiles_kernel"}
     for row in rows:
         # fp32 is exact on purpose ("ieee"), which tensor cores are not.
         assert row["has_mma"] == (row["dtype"] != "float32"), row

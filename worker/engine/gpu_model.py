@@ -12,7 +12,8 @@ Invariants:
  1. No launch depends on a value that only the device has, nor on how many rows are real.
  2. A row's result does not depend on the rows beside it, but for the rounding of products that
     choose their tiles by the number of rows.
- 3. At most 9 launches a layer, 5 of them products or attention; 6 where skinny kernels serve.
+ 3. At most 9 launches a layer, 5 of them products or attention; 6 where skinny kernels serve. A
+    step of one decode is one launch for all layers, where that serves (kernels/decode_layers.py).
 
 Called by: gpu_runner.py. The plain counterpart is model.py.
 """
@@ -25,6 +26,7 @@ from functools import partial
 import torch
 
 from headrace.kernels import step as layout
+from headrace.kernels.decode_layers import LayersWork, LayerTensors, can_run, decode_layers
 from headrace.kernels.decode_work import DecodeWork, choose_num_shares, plan_decode
 from headrace.kernels.embed import embed_rms_norm
 from headrace.kernels.lm_head import lm_head_draw, lm_head_work
@@ -32,6 +34,7 @@ from headrace.kernels.paged_decode import paged_decode
 from headrace.kernels.paged_prefill import choose_tiling, paged_prefill
 from headrace.kernels.prefill_work import make_prefill_work, plan_prefill
 from headrace.kernels.qkv_rope_write import qkv_rope_write
+from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.step import commit_step, prepare_step
 from headrace.worker.engine.architecture import Architecture
 from headrace.worker.engine.gpu_draw import LogitsDraw, Need
@@ -62,6 +65,25 @@ def _many_work(
     # A third program fits beside two where tiles are half as large: 204 us against 233.
     num_shares = choose_num_shares(heads[1], device, 3 if is_fp8 else 2)
     return DecodeWork.allocate(num_slots, heads, device, window, num_shares=num_shares, overhead=5)
+
+
+def _row_work(arch: Architecture, weights: Weights, *, is_fp8_cache: bool) -> LayersWork | None:
+    """Return what a step of one row needs to be one launch of all layers; None: it cannot be."""
+    heads = (arch.num_q_heads, arch.num_kv_heads, arch.head_dim)
+    embedding, is_fp8 = weights.embedding, not isinstance(weights.layers[0].qkv, torch.Tensor)
+    if is_fp8_cache or is_fp8:
+        return None
+    if not can_run(arch.hidden, heads, embedding.dtype, embedding.device):
+        return None
+    layers = [
+        LayerTensors(
+            layer.attention_norm, layer.qkv, layer.qkv_bias, *(layer.qk_norm or (None, None)),
+            layer.o, layer.o_bias, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, layer.down,
+            layer.down_bias,
+        )
+        for layer in weights.layers
+    ]  # fmt: skip
+    return LayersWork.allocate(layers, arch.windows, heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +137,7 @@ class GpuModel:
             state.max_rows, state.num_slots, self._tiling.tile_tokens, device
         )
         self._layers = make_layers(weights.layers, arch.rms_eps, device_name)
+        self._row_work = _row_work(arch, weights, is_fp8_cache=is_fp8_cache)
         self._head_work = lm_head_work(state.num_slots, arch.vocab_size, device)
         hidden = (state.num_slots, arch.hidden)
         self._due_hidden = torch.zeros(hidden, dtype=self.dtype, device=device)
@@ -129,8 +152,20 @@ class GpuModel:
             state.words, slots, None, None, *self._made(num_rows), state.decode_lens,
             cache.block_size,
         )  # fmt: skip
-        hidden = self._body(cache, num_rows, has_chunks=False, due_rows=None)
+        if num_rows == 1 and self._row_work is not None:
+            hidden = self._one_row(cache, self._row_work)
+        else:
+            hidden = self._body(cache, num_rows, has_chunks=False, due_rows=None)
         self._tail(hidden, slots, state.decode_lens[:num_rows], need)
+
+    def _one_row(self, cache: KvCache, work: LayersWork) -> torch.Tensor:  # [1, hidden]
+        """Compute the layers of a step of one decode in one launch."""
+        state, weights, eps = self._state, self._weights, self._arch.rms_eps
+        residual = decode_layers(
+            work, weights.embedding, *self._made(1), state.decode_lens[:1],
+            state.decode_slots[:1], state.tables, self._cos, self._sin, cache.k, cache.v, eps,
+        )  # fmt: skip
+        return rms_norm(residual, weights.norm, eps)
 
     def compute_rows(self, cache: KvCache, num_rows: int) -> None:
         """Compute the rows of a step with chunks; keep the hidden rows that are due."""
