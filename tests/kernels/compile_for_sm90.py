@@ -23,11 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from headrace.kernels.decode_layers import LayersTuning, LayersWork, LayerTensors, decode_layers
+from headrace.kernels.decode_layers import decode_layers
 from headrace.kernels.decode_merge import merge_splits
 from headrace.kernels.decode_work import DecodeWork
 from headrace.kernels.embed import embed_rms_norm
 from headrace.kernels.fp8 import FP8, quantise_rows
+from headrace.kernels.layers_work import LayersTuning, LayersWork, LayerTensors
 from headrace.kernels.lm_head import lm_head_draw, lm_head_work
 from headrace.kernels.logprobs import chosen_logprobs, logprobs_rows, logprobs_work
 from headrace.kernels.noise import noise

@@ -5,15 +5,13 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from headrace.kernels.decode_layers import (
-    TOLERANCE,
+from headrace.kernels.decode_layers import TOLERANCE, decode_layers, decode_layers_reference
+from headrace.kernels.layers_work import (
     LayersTuning,
     LayersWork,
     LayerTensors,
     can_run,
     choose_tuning,
-    decode_layers,
-    decode_layers_reference,
 )
 
 pytestmark = [

@@ -26,9 +26,10 @@ from functools import partial
 import torch
 
 from headrace.kernels import step as layout
-from headrace.kernels.decode_layers import LayersWork, LayerTensors, can_run, decode_layers
+from headrace.kernels.decode_layers import decode_layers
 from headrace.kernels.decode_work import DecodeWork, choose_num_shares, plan_decode
 from headrace.kernels.embed import embed_rms_norm
+from headrace.kernels.layers_work import LayersWork, LayerTensors, can_run
 from headrace.kernels.lm_head import lm_head_draw, lm_head_work
 from headrace.kernels.paged_decode import paged_decode
 from headrace.kernels.paged_prefill import choose_tiling, paged_prefill

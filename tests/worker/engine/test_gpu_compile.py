@@ -64,9 +64,10 @@ def variants(folder, environ) -> dict:
 
 def test_steps_on_the_meta_device_ask_for_what_real_tensors_ask_for(variants):
     assert variants["meta"] == variants["real"]
-    # Both kinds of steps are there, with and without chunks, and the narrow layers' kernels.
+    # All kinds of steps are there: with and without chunks, of few rows, of one.
     names = {key.split(" ")[0] for key in variants["meta"]}
-    assert {"_paged_prefill_kernel", "_skinny_rows_kernel", "_write_words_kernel"} <= names
+    assert {"_paged_prefill_kernel", "_skinny_tiles_kernel", "_write_words_kernel"} <= names
+    assert "_decode_layers_kernel" in names
 
 
 @pytest.mark.parametrize("pool", ["deep", "deep_fp8"])
