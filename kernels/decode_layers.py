@@ -8,9 +8,8 @@
 With one row a step is the reading of its weights and 6 launches a layer, each of which waits for
 the one before, for its first loads and for its last stores. Here a layer is five phases of one
 persistent launch, a program a multiprocessor, with barriers between (grid_barrier.py); and while a
-program waits at a barrier the next phase's first weights are on their way into its registers and
-those of the phase after it into the L2 (row_products.py), old keys and values too
-(row_attention.py).
+program waits at a barrier the next phase's first weights are on their way into its registers
+(row_products.py), old keys and values too (row_attention.py).
 
     qkv | attention, a program a KV head and a share of the positions | o | gate and up | down
 
@@ -41,7 +40,7 @@ from headrace.kernels.layers_work import FIELDS, LayersWork, LayerTensors
 from headrace.kernels.paged_decode import paged_decode_reference
 from headrace.kernels.qkv_rope_write import qkv_rope_write_reference
 from headrace.kernels.row_attention import attend_row, load_halves, load_tile
-from headrace.kernels.row_products import load_norm, load_units, multiply_row, prefetch_rows
+from headrace.kernels.row_products import load_norm, load_units, multiply_row
 from headrace.kernels.skinny_linear import skinny_linear_reference
 from headrace.kernels.triton_seam import is_interpreted, tl, triton
 
@@ -160,11 +159,6 @@ def _decode_layers_kernel(
     HAS_O_BIAS: tl.constexpr,
     HAS_MLP_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    HOLDS_O_EARLY: tl.constexpr,  # o's first weights are held through attention
-    PREFETCH_QKV: tl.constexpr,  # tiles of each product to prefetch, 0 = none
-    PREFETCH_O: tl.constexpr,
-    PREFETCH_MLP: tl.constexpr,
-    PREFETCH_DOWN: tl.constexpr,
     MULTIPLIES_IN: tl.constexpr,  # dtype of attention's products
 ) -> None:
     dtype: tl.constexpr = embedding_ptr.dtype.element_ty
@@ -259,11 +253,7 @@ def _decode_layers_kernel(
             if HAS_QK_NORM:
                 q_norms = load_halves(q_norm_ptr, head_dim, DIM_BLOCK)
                 k_norms = load_halves(k_norm_ptr, head_dim, DIM_BLOCK)
-        if (PHASES == ALL and HOLDS_O_EARLY) or PHASES == OUT:
-            o_units = load_units(o_ptr, HIDDEN, HIDDEN, Q, CHUNK, O_TILE, 1, O_HELD)
         if PHASES == ALL:
-            if PREFETCH_MLP > 0:
-                prefetch_rows(mlp_ptr, PREFETCH_MLP, INTER, HIDDEN, MLP_TILE, 2)
             wait(counters_ptr, barriers * num_programs)
         if (ATTENTION & PHASES) and begin < end:
             attend_row(
@@ -277,10 +267,9 @@ def _decode_layers_kernel(
         if PHASES == ALL:
             arrive(counters_ptr)
             barriers += 1
-            if not HOLDS_O_EARLY:
-                o_units = load_units(o_ptr, HIDDEN, HIDDEN, Q, CHUNK, O_TILE, 1, O_HELD)
-            if PREFETCH_DOWN > 0:
-                prefetch_rows(down_ptr, PREFETCH_DOWN, HIDDEN, INTER, DOWN_TILE, 1)
+        if OUT & PHASES:
+            o_units = load_units(o_ptr, HIDDEN, HIDDEN, Q, CHUNK, O_TILE, 1, O_HELD)
+        if PHASES == ALL:
             wait(counters_ptr, barriers * num_programs)
         if OUT & PHASES:
             multiply_row(
@@ -295,8 +284,6 @@ def _decode_layers_kernel(
             mlp_norm = load_norm(mlp_norm_ptr, HIDDEN, CHUNK)
             mlp_units = load_units(mlp_ptr, INTER, INTER, HIDDEN, CHUNK, MLP_TILE, 2, MLP_HELD)
         if PHASES == ALL:
-            if PREFETCH_QKV > 0:
-                prefetch_rows(next_qkv_ptr, PREFETCH_QKV, QKV_ROWS, HIDDEN, QKV_TILE, 1)
             wait(counters_ptr, barriers * num_programs)
         if GATE_UP & PHASES:
             multiply_row(
@@ -310,9 +297,6 @@ def _decode_layers_kernel(
         if DOWN & PHASES:
             down_units = load_units(down_ptr, HIDDEN, HIDDEN, INTER, CHUNK, DOWN_TILE, 1, DOWN_HELD)
         if PHASES == ALL:
-            if PREFETCH_O > 0:
-                next_o_ptr = _pointer(next_fields, 5, dtype)
-                prefetch_rows(next_o_ptr, PREFETCH_O, HIDDEN, Q, O_TILE, 1)
             wait(counters_ptr, barriers * num_programs)
         if DOWN & PHASES:
             multiply_row(
@@ -426,12 +410,10 @@ def _flags(
     flags: dict[str, object] = {}
     for name, (n, k, parts) in shapes.items():
         product = tuning.product(n, k, parts, size)
-        tiles = product.prefetched(k, tuning.chunk, parts, size)
         flags |= {
             f"{name}_TILE": product.tile,
             f"{name}_HELD": product.held,
             f"{name}_UNITS": product.units,
-            f"PREFETCH_{name}": tiles if tuning.prefetches and not is_interpreted() else 0,
         }
     return flags | {
         "HIDDEN": hidden,
@@ -453,7 +435,6 @@ def _flags(
         "HAS_O_BIAS": first.o_bias is not None,
         "HAS_MLP_BIAS": first.gate_up_bias is not None,
         "HAS_WINDOW": work.has_window,
-        "HOLDS_O_EARLY": tuning.holds_o_early and flags["O_HELD"] == flags["O_UNITS"],
         "MULTIPLIES_IN": multiplies_in,
         "num_warps": tuning.num_warps,
         "num_stages": 1,

@@ -25,8 +25,9 @@ from headrace.kernels.triton_seam import is_interpreted, tl, triton
 MAX_PROGRAMS = 128
 #: Elements that a merge of an attention head's shares holds in registers, 64 a thread.
 MERGE_ELEMENTS = 16384
-#: Bytes of one phase's weights that a program prefetches into the L2 at most.
-PREFETCH_BYTES = 128 * 1024
+#: Beyond, a program's weights of a phase do not fit its registers, and a launch an operation is
+#: faster (llama-8b on one H200).
+MAX_HIDDEN = 1024
 #: Columns of the table of addresses, a row a layer; the last two are padding to 128 bytes.
 FIELDS = tl.constexpr(16)
 
@@ -56,12 +57,6 @@ class Product:
     held: int  # units in registers
     units: int  # a program's, all
 
-    def prefetched(self, k: int, chunk: int, parts: int, element_bytes: int) -> int:
-        """Return tiles of a part to prefetch: what is held, or as many as PREFETCH_BYTES hold."""
-        per_tile = -(-k // chunk) * parts
-        least = max(PREFETCH_BYTES // (self.tile * k * element_bytes * parts), 1)
-        return min(-(-self.units // per_tile), least)
-
 
 @dataclass(frozen=True, slots=True)
 class LayersTuning:
@@ -73,8 +68,6 @@ class LayersTuning:
     wide_held: int = 4
     held_bytes: int = 96 * 1024
     num_warps: int = 8
-    prefetches: bool = True
-    holds_o_early: bool = False
     is_cooperative: bool = True
 
     def product(self, n: int, k: int, parts: int, element_bytes: int) -> Product:
@@ -118,6 +111,7 @@ def can_run(
         served = (*served, torch.float32)
     return (
         dtype in served
+        and hidden <= MAX_HIDDEN
         and hidden % 8 == 0
         and head_dim in HEAD_DIMS
         and num_q_heads // num_kv_heads <= 16

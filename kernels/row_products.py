@@ -58,8 +58,11 @@ def load_unit(
     if K % CHUNK != 0:
         is_inside = is_inside & (chunk * CHUNK + columns < K)
     start = (first_row + unit % PARTS * N).to(tl.int64) * K + chunk * CHUNK
+    # Not so, and nothing but the order of the first two dimensions follows from it: Triton 3.6
+    # spread the first over warps otherwise, which then need each other for every sum.
+    offsets = tl.max_contiguous(rows[None, :, None] * K + columns, [1, 2, LANES])
     return tl.load(
-        weight_ptr + start + (rows[None, :, None] * K + columns),
+        weight_ptr + start + offsets,
         mask=is_inside, other=0.0, eviction_policy="evict_first",
     )  # fmt: skip
 
@@ -81,34 +84,6 @@ def load_units(
         unit = load_unit(weight_ptr, i, num_rows, N, K, CHUNK, BLOCK_N, PARTS)
         units = units + (unit,)  # noqa: RUF005 (Triton knows no star)
     return units
-
-
-@triton.jit
-def prefetch_rows(
-    weight_ptr,
-    num_tiles,  # of a part, to prefetch
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,
-) -> None:
-    """Send for this program's first tiles, into the L2; registers wait for nothing."""
-    line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    lanes = tl.arange(0, LANES)
-    for tile in range(num_tiles):
-        for part in tl.static_range(PARTS):
-            first_row = (tl.program_id(0) + tile * tl.num_programs(0)) * BLOCK_N
-            start = tl.minimum(first_row, N - 1) + part * N
-            end = tl.minimum(BLOCK_N * K, (PARTS * N - start) * K) - 1
-            for at in range(0, BLOCK_N * K, LANES * line):
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-                    "=r,l",
-                    [weight_ptr + start.to(tl.int64) * K + tl.minimum(at + lanes * line, end)],
-                    dtype=tl.int32,
-                    is_pure=False,
-                    pack=1,
-                )
 
 
 @triton.jit

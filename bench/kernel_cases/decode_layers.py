@@ -128,8 +128,6 @@ def default_of(model: Model, device: str) -> LayersTuning:
 def variants(model: Model) -> dict[str, dict[str, object]]:
     """What is worth a look beside the default, as changes to it."""
     found: dict[str, dict[str, object]] = {
-        "no prefetch": {"prefetches": False},
-        "o early": {"holds_o_early": True},
         "plain launch": {"is_cooperative": False},
         "held48k": {"held_bytes": 48 * 1024},
     }
