@@ -67,6 +67,8 @@ def decode_buckets(most: int) -> list[int]:
     """
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32)]
     steps += range(512, 4096 + 1, 64)
+    # What cuBLAS 13.1 takes for llama-8b's gate_up at 448 rows is slower than at 512: 270 us, 157.
+    steps.remove(448)
     return [step for step in steps if step < most] + [most]
 
 
