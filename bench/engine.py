@@ -167,6 +167,8 @@ def run_peer(
         for name in options.workloads
     }
     for setup in engine_peers.SETUPS[peer]:
+        if options.peer_setup not in (None, setup):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             job = engine_peers.PeerJob(
                 peer=peer,
@@ -184,6 +186,7 @@ def run_peer(
                 kv_dtype=options.kv_dtype,
                 weights_dtype="fp8" if options.w8a8 else None,
                 seconds=options.peer_seconds,
+                is_traced=not options.untraced,
             )
             report_peer(job, model, options, report)
 
@@ -244,6 +247,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="shrink counts and lengths")
     parser.add_argument("--max-seconds", type=float, default=300, help="for a workload of ours")
     parser.add_argument("--peer-seconds", type=float, default=120, help="for a peer's workload")
+    parser.add_argument("--peer-setup", help="one of a peer's, else all: vLLM's equal, defaults")
+    parser.add_argument("--untraced", action="store_true", help="no times of vLLM's tokens")
     parser.add_argument("--peer-start-seconds", type=float, default=400)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the rows")
     parser.add_argument("--commit", help="of a tree without its history")
