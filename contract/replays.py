@@ -11,11 +11,12 @@ and one whose commit went through has counted it.
 Invariants:
 1. A replay takes a letter at most once: steps of one replay come one after the other (the row
    lock), the letter says that it was replayed, and (tenant, `replay <id> <job>`) is a primary key.
-2. It takes letters that were there when it began: a job that dies once more is not replayed by the
+2. A filter is replayed by one that has not ended: also of two who start one at the same instant.
+3. It takes letters that were there when it began: a job that dies once more is not replayed by the
    same replay again and again.
-3. It makes at most rate_per_min jobs a minute, and after an outage at most BURST_S of them at once:
+4. It makes at most rate_per_min jobs a minute, and after an outage at most BURST_S of them at once:
    what was missed is not caught up with.
-4. When it has ended, num_done + num_refused == num_matched unless it was stopped: refused are
+5. When it has ended, num_done + num_refused == num_matched unless it was stopped: refused are
    those that somebody else replayed, or that were deleted, meanwhile.
 
 Called by: gateway/replays (steps), gateway/dashboard/dead_letters (all else).
@@ -50,6 +51,8 @@ from headrace.contract.records import dead_letters, idempotency_keys, replays
 
 #: Jobs a minute a replay may make.
 MIN_RATE, MAX_RATE = 1, 6000
+#: Of those who start a replay one looks for another of its filter at a time; any other number.
+START_LOCK = 0x7265_706C_6179
 #: Seconds of its rate a replay may make up for at once: a tick that came late, no outage.
 BURST_S = 5.0
 
@@ -85,6 +88,7 @@ class Replays:
             "paced_at": spent,
         }
         with database_errors("start replay"), self._engine.begin() as db:
+            db.execute(select(func.pg_advisory_xact_lock(START_LOCK)))  # two would find none each
             if (other := db.execute(same.limit(1)).scalar()) is not None:
                 raise ReplayUnderWay(
                     f"a replay of this filter was asked; {other} replays the same letters: wait "

@@ -187,7 +187,7 @@ def test_invariant_1_a_second_replay_of_the_same_letters_makes_none_again(
     assert [(row["num_done"], row["num_refused"]) for row in rows] == [(1, 3), (3, 0)]
 
 
-def test_invariant_2_a_job_that_dies_again_is_not_replayed_by_the_same_replay(
+def test_invariant_3_a_job_that_dies_again_is_not_replayed_by_the_same_replay(
     engine, todo, dead, started, letters, pass_time
 ):
     (old,) = dead(1, signature := new_id("sig"))
@@ -199,7 +199,7 @@ def test_invariant_2_a_job_that_dies_again_is_not_replayed_by_the_same_replay(
     assert todo.replay(replay)["num_done"] == 1
 
 
-def test_invariant_3_the_rate_is_kept_and_an_outage_is_not_caught_up_with(
+def test_invariant_4_the_rate_is_kept_and_an_outage_is_not_caught_up_with(
     todo, dead, started, pass_time
 ):
     dead(9, signature := new_id("sig"))
@@ -220,7 +220,7 @@ def test_invariant_3_the_rate_is_kept_and_an_outage_is_not_caught_up_with(
     assert todo.step(faster).num_made == 3, "what five seconds bring, no hour"
 
 
-def test_invariant_4_what_was_deleted_meanwhile_is_refused(engine, todo, dead, started, pass_time):
+def test_invariant_5_what_was_deleted_meanwhile_is_refused(engine, todo, dead, started, pass_time):
     old = dead(3, signature := new_id("sig"))
     replay = started(signature=signature)
     with engine.begin() as db:
@@ -275,6 +275,29 @@ def test_a_filter_is_replayed_by_one_at_a_time(todo, dead, started):
         started(signature=signature, rate_per_min=60)
     todo.stop(first, by="ann")
     assert started(signature=signature) != first
+
+
+def test_invariant_2_of_two_who_start_at_the_same_instant_one_is_refused(todo, dead, started):
+    num_starters = 4
+    for number in range(10):  # without the lock most rounds let several in
+        signature = f"s{number}"
+        dead(1, signature)
+        barrier, outcomes = threading.Barrier(num_starters), []
+
+        def start(barrier=barrier, outcomes=outcomes, signature=signature) -> None:
+            barrier.wait(20)
+            try:
+                outcomes.append(started(signature=signature))
+            except ReplayUnderWay:
+                outcomes.append(None)
+
+        threads = [threading.Thread(target=start) for _ in range(num_starters)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(outcomes) == num_starters
+        assert sum(each is not None for each in outcomes) == 1, outcomes
 
 
 def test_lists_are_newest_first_and_the_open_ones_oldest_first(todo, started, engine):
