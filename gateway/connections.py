@@ -1,15 +1,17 @@
 """What HTTP itself can bring: malformed heads, broken and slow bodies, and how they are answered.
 
-gunicorn's gevent worker, taught three things. It would answer what it cannot parse with a page of
-HTML, some of it with 5xx, and log what was sent; it would wait for a body without end; and it would
-wait for endless streams before it stops.
+gunicorn's gevent worker, taught four things. It would answer what it cannot parse with a page of
+HTML, some of it with 5xx, and log what was sent; it would wait for a body without end; and before
+it stops it would wait for endless streams, and for connections that idle between two requests.
 
 Invariants:
 1. What is malformed is answered by a 4xx as problem details, like all else that is refused; nothing
    of it is logged or quoted, because a request line may hold a key or a prompt.
 2. A body comes whole within body_timeout_s of the first look at it, or its request is refused and
    its connection closed; one that ends early is never taken for the shorter one.
-3. An exception's text never reaches the log (log invariant 3), also where gunicorn logs it.
+3. A stop ends connections that were served and wait for their next request; what has arrived is
+   answered.
+4. An exception's text never reaches the log (log invariant 3), also where gunicorn logs it.
 
 Called by: gateway/server (names them to gunicorn).
 """
@@ -20,6 +22,7 @@ import contextlib
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -58,11 +61,35 @@ class QuietLogger(Logger):
 class StreamingWorker(GeventWorker):
     """One gateway process."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._served: dict[Any, Any] = {}  # greenlet -> socket, once a request was answered
+        self._waiting: set[Any] = set()  # greenlets that wait for a request
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         gevent.spawn(self._end_streams)
+        gevent.spawn(self._end_idle)
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            self._served.pop(gevent.getcurrent(), None)
+
+    @contextlib.contextmanager
+    def timeout_ctx(self) -> Iterator[None]:
+        """Bound the wait for a request (gunicorn's hook), and know who waits."""
+        here = gevent.getcurrent()
+        self._waiting.add(here)
+        try:
+            with super().timeout_ctx():
+                yield
+        finally:
+            self._waiting.discard(here)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        self._served[gevent.getcurrent()] = sock
         req.body.reader = CheckedBody(req, self._services().settings.body_timeout_s)
         try:
             return super().handle_request(listener_name, req, sock, addr)
@@ -83,6 +110,12 @@ class StreamingWorker(GeventWorker):
     def _end_streams(self) -> None:
         if self.wsgi is not None:
             self._services().end_streams()
+
+    def _end_idle(self) -> None:
+        """Let those who wait read the end: what the kernel has of a request comes before it."""
+        for greenlet in self._waiting & self._served.keys():
+            with contextlib.suppress(OSError):
+                self._served[greenlet].shutdown(socket.SHUT_RD)
 
     def _services(self) -> Any:
         from headrace.gateway.app import services_of  # not in the master: gevent patches first

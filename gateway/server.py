@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from typing import Any
 
+from headrace.contract import log
 from headrace.contract.settings import GatewaySettings
 from headrace.gateway.connections import QuietLogger, StreamingWorker
 
@@ -39,8 +40,8 @@ worker_connections = _settings.max_connections
 backlog = 2048
 #: Seconds a worker may be silent before its master replaces it; its loop never computes so long.
 timeout = 60
-#: Seconds a stop waits for answers under way; streams and waits end at once, the rest takes
-#: milliseconds, but a connection that idles between two requests counts as busy for gunicorn.
+#: Seconds a stop waits for answers under way: streams, waits and connections that idle between two
+#: requests end at once, the rest takes milliseconds.
 graceful_timeout = 5
 #: Seconds for the wait for a request, and for the whole of its head.
 keepalive = 75
@@ -64,6 +65,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
     if worker.wsgi is not None:
         services_of(worker.wsgi).close()
+    log.event("gateway.stopped", pid=worker.pid)
 
 
 def child_exit(server: Any, worker: Any) -> None:

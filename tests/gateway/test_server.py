@@ -194,10 +194,19 @@ def test_a_stop_ends_streams_and_leaves_their_jobs(settings, app, key, courier, 
                 assert not any(line.startswith("event: ") for line in lines)
         assert own.process.wait(20) == 0
         log = own.log.read_text()
-        assert "graceful timeout" not in log, "the stream was not ended, it was killed"
+        assert "gateway.stopped" in log, "the stream was not ended, its process was killed"
         assert "Traceback" not in log
     courier.say(held, 1)
     courier.end(held)
+
+
+def test_a_stop_ends_connections_that_wait_for_their_next_request(settings, app, tmp_path):
+    with running_gateway(settings, tmp_path / "log", num_processes=1) as own:
+        with httpx.Client(base_url=own.url, timeout=20) as http:
+            assert http.get("/healthz").status_code == 200  # and its connection is kept
+            own.process.terminate()
+            assert own.process.wait(20) == 0
+        assert "gateway.stopped" in own.log.read_text(), "its process was killed for it"
 
 
 def test_nothing_of_requests_is_logged(server, http, key):
