@@ -158,6 +158,7 @@ class Live:
             self._client.hset(keys.STREAMS, gateway, f"{_now_ms()}:{num_streams}")
 
     def forget_streams(self, gateway: str) -> None:
+        """Take back what a gateway that stops has reported."""
         with redis_errors("report streams"):
             self._client.hdel(keys.STREAMS, gateway)
 

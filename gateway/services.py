@@ -8,6 +8,7 @@ Called by: gateway/app (build), all views.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from sqlalchemy import Engine
 from headrace.contract import database, redis_client
 from headrace.contract.accounts import Accounts
 from headrace.contract.audit import Audit
+from headrace.contract.errors import QueueUnavailable
 from headrace.contract.ids import new_id
 from headrace.contract.job_edits import JobEdits
 from headrace.contract.job_search import JobSearch
@@ -69,6 +71,7 @@ class Services:
     enqueuer: Enqueuer
     follower: Follower
     metrics: Metrics
+    shard: str  # name of this process in Redis
     closing: threading.Event  # set when the process stops: endless streams end
     traces: Traces | None
 
@@ -113,6 +116,7 @@ class Services:
                 report=lambda: live.report_streams(shard, metrics.num_streams),
             ),
             metrics=metrics,
+            shard=shard,
             closing=threading.Event(),
             traces=Traces.connect(settings.traces_url, settings.traces_share, "gateway", shard),
         )
@@ -126,6 +130,8 @@ class Services:
         """End streams, confirm what was enqueued, and close all connections, in that order."""
         self.end_streams()
         self.enqueuer.close()
+        with contextlib.suppress(QueueUnavailable):  # it lapses
+            self.live.forget_streams(self.shard)
         if self.traces is not None:
             self.traces.close()
         self.redis.close()
