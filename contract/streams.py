@@ -50,6 +50,8 @@ DEPTHS_BATCH = 200
 MAX_TRIAL_GROUP = 8
 #: ms a suspect waits for a worker that is idle; then a busy one is kept from new work until it is.
 TRIAL_AFTER_MS = 10_000
+#: What WakeSubscription.wait returns when messages are heard from now on.
+HEARD = "heard"
 #: ms after its last claim for which such a worker is the one: a few times intake's POLL_S.
 TRIAL_TTL_MS = 5_000
 
@@ -391,7 +393,10 @@ def _readable_beat(data: bytes) -> wire.WorkerBeat | None:
 
 
 class WakeSubscription:
-    """What couriers of a model listen to: `work`, and cancellations as `cancel <job>`."""
+    """What couriers of a model listen to: `work`, and cancellations as `cancel <job>`.
+
+    `heard` comes first on each new connection: what was sent before it, nobody here was told.
+    """
 
     def __init__(self, client: Client, model: str) -> None:
         self._client: Any = client  # its own annotations are partial
@@ -403,13 +408,16 @@ class WakeSubscription:
         with redis_errors("wake channel"):
             try:
                 if self._pubsub is None:
-                    self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+                    self._pubsub = self._client.pubsub()
                     self._pubsub.subscribe(self._channel)
                 message = self._pubsub.get_message(timeout=timeout_s)
             except BaseException:
                 self.close()
                 raise
-        return None if message is None else message["data"].decode()
+        if message is None:
+            return None
+        # Also when the client has put a broken connection right by itself.
+        return HEARD if message["type"] == "subscribe" else message["data"].decode()
 
     def close(self) -> None:
         if self._pubsub is not None:

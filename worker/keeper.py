@@ -2,7 +2,8 @@
 
 Every third of the lease the leases of all held jobs are renewed in one call. Its answer also brings
 what was missed: a cancellation whose message was lost, a newer attempt elsewhere, a Redis that has
-forgotten the job (the loop restores it from memory).
+forgotten the job (the loop restores it from memory). Whoever knows that messages may have been
+missed lets it happen at once (`renew_now`): a third of a lease is long for a cancellation.
 
 Called by: lifecycle, as a thread of its own.
 """
@@ -49,19 +50,27 @@ class Keeper:
         self._beat = beat
         self._tell = tell
         self._redis_was_away = redis_was_away
-        self._stopped = threading.Event()
+        self._is_stopped, self._is_due = False, False
+        self._bell = threading.Event()
 
     def stop(self) -> None:
-        self._stopped.set()
+        self._is_stopped = True
+        self._bell.set()
+
+    def renew_now(self) -> None:
+        """Renew before it is due."""
+        self._is_due = True
+        self._bell.set()
 
     def run(self) -> None:
         """Beat and renew until stopped; then leave the list of workers."""
         renew_at = 0.0
         pause_s = min(BEAT_S, self._lease_s / 3)
-        while not self._stopped.is_set():
+        while not self._is_stopped:
             try:
                 self._workers.beat(self._beat(), lifetime_ms=int(BEAT_S * 3000))
-                if time.monotonic() >= renew_at:
+                if self._is_due or time.monotonic() >= renew_at:
+                    self._is_due = False
                     self._renew()
                     renew_at = time.monotonic() + self._lease_s / 3
             except Unavailable as error:
@@ -69,7 +78,8 @@ class Keeper:
                 log.event(
                     "lease.delayed", level=logging.WARNING, worker=self._worker, code=error.code
                 )
-            self._stopped.wait(pause_s)
+            self._bell.wait(pause_s)
+            self._bell.clear()  # before the flags are read, which are set before it rings
         try:
             self._workers.leave(self._worker)
         except Unavailable:

@@ -31,6 +31,7 @@ from headrace.contract.errors import ConfigurationError, Unavailable
 from headrace.contract.ids import uuid7_hex
 from headrace.contract.prompts import Prompts
 from headrace.contract.settings import WorkerSettings
+from headrace.contract.streams import HEARD
 from headrace.contract.wire import ModelCard
 from headrace.worker.frames import Ready, Stop
 from headrace.worker.parts import Parts
@@ -219,9 +220,11 @@ class Worker:
                 message = self._wake.wait(1.0)
             except Unavailable as error:
                 log.event("wake.lost", level=logging.WARNING, worker=self.name, code=error.code)
-                self._is_stopped.wait(1.0)
+                self._is_stopped.wait(0.2)
                 continue
-            if message == "work":
+            if message == HEARD:  # what was said until now, nobody here was told
+                self._keeper.renew_now()
+            if message in (HEARD, "work"):
                 self._intake.bell.set()
             elif message is not None and message.startswith("cancel "):
                 self._courier.cancel(message.removeprefix("cancel "))

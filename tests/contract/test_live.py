@@ -20,7 +20,7 @@ from headrace.contract.live import (
     WorkerSnapshot,
 )
 from headrace.contract.redis_client import connect
-from headrace.contract.streams import WakeSubscription
+from headrace.contract.streams import HEARD, WakeSubscription
 
 MODEL = "tiny/model: a {b}"
 
@@ -106,7 +106,7 @@ def test_invariant_2_history_and_snapshots_are_bounded(live, client, monkeypatch
 
 def test_invariant_3_pauses_are_replaced_whole_and_couriers_are_woken(live, client):
     wake = WakeSubscription(client, MODEL)
-    assert wake.wait(0.01) is None
+    assert wake.wait(20) == HEARD
     assert live.set_pauses({MODEL: {"*:*", "batch:t"}, "other": set()}) == [MODEL]
     assert client.smembers(keys.paused(MODEL)) == {b"*:*", b"batch:t"}
     assert wake.wait(20) == "work"

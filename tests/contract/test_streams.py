@@ -11,7 +11,7 @@ from headrace.contract import keys, wire
 from headrace.contract.errors import QueueUnavailable
 from headrace.contract.live import Live
 from headrace.contract.redis_client import connect
-from headrace.contract.streams import JobStreams, WakeSubscription, Workers
+from headrace.contract.streams import HEARD, JobStreams, WakeSubscription, Workers
 
 MODEL = "tiny/model: a {b}"
 LONG_MS = 60_000
@@ -336,7 +336,7 @@ def test_cancel_reaches_the_holder_at_its_next_renewal(streams, tokens, spec_for
     claim(streams, "w1")
     tokens.fence(MODEL, spec.job, 1, "w1")
     wake = WakeSubscription(client, MODEL)
-    wait_for_subscriber(client, wake)
+    assert next_message(wake) == HEARD
     streams.cancel(MODEL, spec.job)
     assert next_message(wake) == f"cancel {spec.job}"
     wake.close()
@@ -355,11 +355,20 @@ def test_cancel_before_the_pickup_is_seen_by_the_fence(streams, tokens, spec_for
     assert streams.knows(MODEL, ["job_none"]) == [False]
 
 
-def wait_for_subscriber(client, wake):
-    deadline = time.monotonic() + 10
-    while client.pubsub_numsub(keys.wake_channel(MODEL))[0][1] == 0:
+def test_each_new_wake_connection_says_from_when_on_it_hears(client):
+    wake = WakeSubscription(client, MODEL)
+    assert next_message(wake) == HEARD
+    client.client_kill_filter(_type="pubsub")
+    deadline = time.monotonic() + 20
+    while True:  # the client may put it right by itself, or say that it broke first
         assert time.monotonic() < deadline
-        wake.wait(0.01)
+        try:
+            if (message := wake.wait(0.1)) is not None:
+                break
+        except QueueUnavailable:
+            continue
+    assert message == HEARD
+    wake.close()
 
 
 def next_message(wake):
@@ -372,7 +381,7 @@ def next_message(wake):
 
 def test_enqueue_and_hand_back_wake_the_couriers(streams, spec_for, client):
     wake = WakeSubscription(client, MODEL)
-    wait_for_subscriber(client, wake)
+    assert next_message(wake) == HEARD
     spec = spec_for()
     streams.enqueue(spec, 1)
     assert next_message(wake) == "work"

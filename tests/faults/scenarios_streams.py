@@ -5,8 +5,8 @@ mid-decode, near its last token (against its finish), or while the worker that h
 (against the takeover); some are left alone. The checker asserts one ending that stream and row
 agree on. How long a slot stays taken is measured from the cancel's answer to the `canceled` event:
 the courier sends the engine its order before it logs the end, and the engine obeys at its next
-step, so the slot is free by then. Jobs of a worker that was killed are not in the figure: their
-slot died with it, and their end waits for the lease.
+step, so the slot is free by then. Jobs that a killed worker had, by the rows of their attempts, are
+not in the figure: their slot died with it, and their end waits for the lease.
 
 `slow-subscribers`: as many listeners as jobs were asked for, on a few running jobs, in rounds
 without and with some that do not read: half hold a stream of a running job, half ask for the whole
@@ -20,6 +20,7 @@ Called by: scenario.all_scenarios.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from headrace.tests.faults.figures import quantile
 from headrace.tests.faults.heard import Heard, heard
 from headrace.tests.faults.record import Asked, now_s
 from headrace.tests.faults.scenario import Run, Scenario
+from headrace.tests.faults.store_faults import StoreFaults
 
 #: Jobs from which on a figure in seconds is judged, not only noted: a slice in CI is not timed.
 JUDGED_JOBS = 1000
@@ -48,7 +50,8 @@ class CancelRace:
     run: Run
     said: Heard
     answered_s: dict[str, float] = field(default_factory=dict)
-    disturbed: set[str] = field(default_factory=set)  # their worker was killed
+    disturbed: set[str] = field(default_factory=set)  # their worker was killed, as clients saw it
+    kills: list[tuple[str, float]] = field(default_factory=list)  # worker, Unix s
     _met: set[str] = field(default_factory=set)
 
     async def cancel_jobs(self) -> None:
@@ -100,15 +103,23 @@ class CancelRace:
                 job for job, subscriber in followed.items() if subscriber.worker in ("", name)
             }
             stage.kill_all_of(name)
+            self.kills.append((name, time.time()))
             self.run.fault("worker-kill", name)
             await asyncio.sleep(self.run.random.uniform(0, 1))
 
-    def slot_times_s(self) -> list[float]:
-        """Return how long after the cancel's answer each undisturbed job's end was told."""
+    async def slot_times_s(self) -> list[float]:
+        """Return how long after the cancel's answer the end was told of each job with a slot.
+
+        What clients saw does not say who had one: a worker may die before the first of its jobs'
+        events, or before the POST is answered.
+        """
+        stores, without = StoreFaults(self.run.stage), set[str]()
+        for name, at_s in self.kills:
+            without.update(await stores.attempted(name, at_s))
         return [
             max(0.0, self.said.canceled_at_s[job] - at_s)
             for job, at_s in self.answered_s.items()
-            if job in self.said.canceled_at_s and job not in self.disturbed
+            if job in self.said.canceled_at_s and job not in without
         ]
 
 
@@ -120,7 +131,7 @@ async def cancel_race(run: Run) -> None:
     with heard(run) as said:
         race = CancelRace(run, said)
         await run.beside(run.load(tokens=(5, 80)), race.cancel_jobs(), race.kill_workers())
-    times_s = race.slot_times_s()
+    times_s = await race.slot_times_s()
     p99_s = quantile(times_s, 0.99)
     run.note("cancels_answered", str(len(race.answered_s)))
     run.note("slots_measured", str(len(times_s)))

@@ -13,7 +13,7 @@ Invariants:
 3. Servers are started in the main thread (fleet.child); nothing here blocks the loop for longer
    than a signal takes.
 
-Called by: scenarios_stores, scenarios_workers (soak).
+Called by: scenarios_stores, scenarios_streams, scenarios_workers (soak).
 """
 
 from __future__ import annotations
@@ -197,6 +197,11 @@ class StoreFaults:
             found += [job for (job,) in rows]
         return found
 
+    async def attempted(self, worker: str, at_s: float) -> list[str]:
+        """Return the jobs of which a worker ran an attempt at a moment (Unix s)."""
+        rows = await asyncio.to_thread(self._sql, _ATTEMPTED, worker, at_s, at_s)
+        return [job for (job,) in rows]
+
     async def _until(self, condition: Callable[[], bool], what: str) -> None:
         await self._stage.until(condition, what, PATIENCE_S)
 
@@ -222,6 +227,11 @@ _WAITING_AGAIN = "select id from jobs where status = 'queued' and attempt > 0"
 _TAKEN_BEFORE = """
 select j.id from jobs j join attempts a on a.job_id = j.id and a.number = j.attempt
 where j.status = 'running' and j.worker = %s and a.started_at < now() - make_interval(secs => %s)
+"""
+
+_ATTEMPTED = """
+select job_id from attempts where worker = %s and started_at <= to_timestamp(%s)
+and (ended_at is null or ended_at >= to_timestamp(%s))
 """
 
 
