@@ -31,7 +31,7 @@
     |   +-- DatabaseUnavailable, QueueUnavailable, LoginBusy
     |   +-- SearchTooBroad                 not before it is narrowed
     +-- JobFailed                     how a job that was accepted can end (kept in the job's row)
-    |   +-- EngineRefused, DeadlineExceeded, Poison
+    |   +-- EngineRefused, DeadlineExceeded, Poison, JobUnreadable
     +-- ConfigurationError            a process cannot start like this
     +-- WireError                     bytes that are not a message of this version (wire.py)
 
@@ -306,6 +306,10 @@ class DeadlineExceeded(JobFailed):
 
 class Poison(JobFailed):
     code = "poison"  # it ran alone and its engine died of it: it has a dead letter
+
+
+class JobUnreadable(JobFailed):
+    code = "job_unreadable"  # its row is nothing that this version's gateway writes
 
 
 class ConfigurationError(HeadraceError):

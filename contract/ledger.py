@@ -377,6 +377,14 @@ class Ledger:
         with database_errors("read outbox"), self._single.connect() as db:
             return db.execute(query).mappings().all()
 
+    def unconfirmed(self, job_ids: Sequence[str]) -> set[str]:
+        """Return those of the jobs whose enqueue nobody has confirmed: they have outbox rows."""
+        if not job_ids:
+            return set()
+        query = select(outbox.c.job_id).where(outbox.c.job_id.in_(job_ids))
+        with database_errors("look up outbox"), self._single.connect() as db:
+            return set(db.execute(query).scalars())
+
     def outbox_size(self) -> tuple[int, float]:
         """Return the number of outbox rows and the age of the oldest, seconds; 0 without any."""
         age_s = func.coalesce(_seconds_since(func.min(outbox.c.created_at)), 0.0)

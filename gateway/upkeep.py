@@ -7,12 +7,14 @@ Invariants:
 1. A job that is queued in Postgres is in its lane, or will be at the next run (design invariant 2).
 2. A running job is enqueued again only when Redis has not known it for longer than a lease: a live
    worker restores its own within a third of one. That its worker beats proves nothing: it may have
-   come back under its name, or have failed to begin the job.
+   come back under its name, or have failed to begin the job. A queued one whose outbox row is there
+   is the relay's: it was accepted a moment ago, and is being enqueued just now.
 3. A job that nobody runs and that must not run any more (canceled, past its deadline), because its
    worker is dead or handed it back, ends with the tokens its log holds: what subscribers saw is
    what is stored.
 4. An end that is committed reaches the job's log, also when whoever committed it could not say so.
 5. Before lost jobs are put back, so are the pauses of their queues.
+6. A job whose row cannot be read (no gateway of ours wrote it) fails, and keeps no other waiting.
 
 Called by: gateway/tasks (Celery); never inference.
 """
@@ -29,7 +31,7 @@ import msgspec
 from sqlalchemy import RowMapping
 
 from headrace.contract import log
-from headrace.contract.errors import DeadlineExceeded
+from headrace.contract.errors import DeadlineExceeded, JobUnreadable
 from headrace.contract.ledger import Ending, Finish, Ledger
 from headrace.contract.operators import Operators
 from headrace.contract.pauses import Pauses
@@ -43,6 +45,20 @@ PAGE = 500
 #: Seconds after its end in which a job's missing end record is looked for. One that is older is
 #: found at the job's next pickup (its entry is still there), or by its subscribers in Postgres.
 LATE_S = 120.0
+#: How a job ends that no worker ends: reason, error code and text.
+_ENDS: dict[JobStatus, tuple[FinishReason, str | None, str | None]] = {
+    JobStatus.CANCELED: (FinishReason.CANCELED, None, None),
+    JobStatus.EXPIRED: (
+        FinishReason.EXPIRED,
+        DeadlineExceeded.code,
+        "the job's deadline passed while no worker ran it",
+    ),
+    JobStatus.FAILED: (
+        FinishReason.ERROR,
+        JobUnreadable.code,
+        "what was stored of the job cannot be read by this version: send it again",
+    ),
+}
 
 
 class Upkeep:
@@ -140,8 +156,8 @@ class Upkeep:
             try:
                 spec = spec_of(row)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                # Not a row that a gateway wrote: it must not keep the others from their turn.
                 log.failure("job.unreadable", error, job=row["id"])
+                self._end_with_log(row, JobStatus.FAILED)
                 continue
             num_new += self._streams.enqueue(spec, row["cost_tokens"], suspect=row["suspect"])
         return num_new
@@ -151,8 +167,12 @@ class Upkeep:
     ) -> list[RowMapping]:
         """Return what is to be enqueued again; `found` gets the running jobs Redis knows not."""
         lost: list[RowMapping] = []
-        now = time.monotonic()
-        for row in self._unknown(rows):
+        now, unknown = time.monotonic(), self._unknown(rows)
+        queued = [row["id"] for row in unknown if row["status"] == JobStatus.QUEUED]
+        of_the_relay = self._ledger.unconfirmed(queued)
+        for row in unknown:
+            if row["id"] in of_the_relay:
+                continue
             if row["status"] == JobStatus.RUNNING:
                 since = found[row["id"]] = missed.get(row["id"], now)
                 if now - since <= self._lease_s:
@@ -193,20 +213,21 @@ class Upkeep:
         for chunk in view.chunks:
             start = ends[-1] if ends else 0
             ends += [start + end for end in chunk.ends]
-        is_expired = status is JobStatus.EXPIRED
-        asked = row["sampling"].get("logprobs") is not None
+        reason, code, text = _ENDS[status]
+        sampling = row["sampling"]
+        asked = isinstance(sampling, dict) and sampling.get("logprobs") is not None
         logprobs = [item for chunk in view.chunks for item in chunk.logprobs or ()]
         ending = Ending(
             status=status,
-            finish_reason=FinishReason.EXPIRED if is_expired else FinishReason.CANCELED,
+            finish_reason=reason,
             prompt_tokens=self._prompt_tokens(row) if ends else 0,
             gen=view.chunks[-1].gen if view.chunks else 0,
             text="".join(chunk.text for chunk in view.chunks),
             token_ids=tuple(token for chunk in view.chunks for token in chunk.ids),
             ends=tuple(ends),
             logprobs=msgspec.to_builtins(logprobs) if asked else None,
-            error_code=DeadlineExceeded.code if is_expired else None,
-            error_text="the job's deadline passed while no worker ran it" if is_expired else None,
+            error_code=code,
+            error_text=text,
         )
         job, attempt = row["id"], row["attempt"]
         if row["status"] == JobStatus.QUEUED:
@@ -221,7 +242,10 @@ class Upkeep:
     def _prompt_tokens(self, row: RowMapping) -> int:
         """Return what the prompt is charged as: counted by a worker, or by the client itself."""
         counted = self._tokens.prompt_tokens(row["model"], row["id"])
-        return len(row["input"].get("prompt_token_ids") or ()) if counted is None else counted
+        if counted is not None:
+            return counted
+        given = row["input"].get("prompt_token_ids") if isinstance(row["input"], dict) else None
+        return len(given) if isinstance(given, list) else 0
 
     def _tell_late_ends(self) -> int:
         """Append the end records that are missing an outage after their commit."""

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from sqlalchemy import select, text, update
 
-from headrace.contract import database, redis_client, wire
+from headrace.contract import database, keys, redis_client, wire
 from headrace.contract.accounts import Accounts
 from headrace.contract.crashes import Crashes, InHand
 from headrace.contract.ids import new_id
@@ -78,7 +78,9 @@ class Parts:
         return job_id
 
     def enqueue(self, job_id: str) -> None:
+        """Enqueue a job as the gateway does, and confirm it."""
         self.streams.enqueue(spec_of(self.row(job_id)), 10)
+        self.ledger.outbox_done([job_id])
 
     def row(self, job_id: str):
         row = self.ledger.job(job_id)
@@ -211,6 +213,41 @@ def test_invariant_2_a_queued_job_that_redis_lost_is_put_back(parts):
     assert parts.claimable() == [job]
 
 
+def test_invariant_2_a_job_that_is_being_enqueued_is_left_to_the_relay(parts):
+    """Each sweep under load met some, touched them, and warned of it."""
+    job = parts.accept()
+    assert parts.upkeep.sweep() == 0
+    assert parts.claimable() == []
+    parts.upkeep.relay(older_than_s=0)
+    parts.client.flushall()
+    assert parts.upkeep.sweep() == 1, "the relay has done its part: now it is the sweeper's"
+    assert parts.claimable() == [job]
+
+
+@pytest.mark.parametrize("written", [{"sampling": {"temperature": "hot"}}, {"input": ["p"]},
+                                     {"sampling": []}, {"input": {"prompt_token_ids": 7}}])  # fmt: skip
+def test_invariant_6_a_row_that_cannot_be_read_fails_and_keeps_no_other_waiting(parts, written):
+    bad = parts.accept()
+    parts.set(bad, **written)
+    sound = parts.accept()
+    assert parts.upkeep.relay(older_than_s=0) == 2
+    assert parts.upkeep.sweep() == 0
+    row = parts.row(bad)
+    assert (row["status"], row["error_code"]) == (JobStatus.FAILED, "job_unreadable")
+    assert parts.tokens.read(MODEL, bad).end is not None
+    assert parts.claimable() == [sound]
+
+
+def test_invariant_6_one_that_ran_and_cannot_be_read_any_more_fails_with_its_tokens(parts):
+    job, held = hand_back(parts)
+    parts.set(job, sampling={"temperature": "hot"})
+    parts.client.delete(keys.job_hash(MODEL, job))
+    assert parts.upkeep.sweep() == 0
+    row = parts.row(job)
+    assert (row["status"], row["error_code"]) == (JobStatus.FAILED, "job_unreadable")
+    assert row["output_token_ids"] == held.ids
+
+
 def test_invariant_2_a_suspect_that_redis_lost_is_put_back_as_one(parts):
     job, held = hand_back(parts)
     parts.ledger.pick_up([job], "w1")
@@ -330,6 +367,7 @@ def test_an_end_that_redis_never_heard_of_is_told_later(parts):
 
 def test_runs_that_overlap_do_everything_once(parts):
     queued = [parts.accept() for _ in range(20)]
+    parts.ledger.outbox_done(queued)  # and Redis lost them
     late = [parts.accept() for _ in range(5)]
     for job in late:
         parts.set(job, deadline_at=text("now() - interval '1 second'"))
