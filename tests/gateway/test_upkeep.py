@@ -224,8 +224,15 @@ def test_invariant_2_a_job_that_is_being_enqueued_is_left_to_the_relay(parts):
     assert parts.claimable() == [job]
 
 
-@pytest.mark.parametrize("written", [{"sampling": {"temperature": "hot"}}, {"input": ["p"]},
-                                     {"sampling": []}, {"input": {"prompt_token_ids": 7}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"sampling": {"temperature": "hot"}},
+        {"sampling": []},
+        {"input": ["p"]},
+        {"input": {"prompt_token_ids": 7}},
+    ],
+)
 def test_invariant_6_a_row_that_cannot_be_read_fails_and_keeps_no_other_waiting(parts, written):
     bad = parts.accept()
     parts.set(bad, **written)
