@@ -13,14 +13,15 @@ The level is `jobs.suspect`; a *loss* is an uncertain death in a row of them bet
 gained no token in its log. `dead` is: the job fails with code `poison`, and has a dead letter.
 
 Invariants:
-1. A job is dead only after it ran alone and its engine died: nobody innocent ever is, as long as
-   engines do not die of themselves.
+1. A job is dead only after it ran alone and its engine died, and the next engine of that worker was
+   sane (worker/inquests.py asks for judgement only then): nobody innocent ever is, as long as
+   engines that do their own job do not die of others' at random.
 2. A certain death raises the level of what was in hand, so poison is dead after at most three.
 3. Verdict, counts, state, attempt and dead letter are one transaction, and only the newest attempt
    of a running job is judged: the rest is STALE, and a repeat changes nothing.
 4. The level is in the row, so it outlives Redis: whoever enqueues or picks up the job learns it.
 
-Called by: worker/hand_back (record), worker/intake (found_lost).
+Called by: worker/suspicion (record for inquests, found_lost for intake).
 """
 
 from __future__ import annotations

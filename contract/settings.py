@@ -342,6 +342,9 @@ class WorkerSettings(TracedSettings):
             description="Token id; a prompt that holds it kills a stub's engine; 0: none.",
         ),
     ] = 0
+    stub_broken_by: Annotated[
+        str, Field(description="A file; while it exists every step kills a stub's engine.")
+    ] = ""
 
 
 class TasksSettings(StoreSettings):

@@ -197,6 +197,7 @@ class WorkerState(StrEnum):
     DRAINING = "draining"
     DRAINED = "drained"
     QUARANTINED = "quarantined"
+    BROKEN = "broken"  # its engines die before they serve: it takes nothing, and tries again
 
 
 class WorkerBeat(_Message, frozen=True, tag="beat"):

@@ -30,12 +30,12 @@ MAX_ROWS = 18
 #: Columns of what is written into a file or pipe: wide enough that no name is cut.
 WIDTH = 200
 #: States of workers to look at first, in this order; others follow by name.
-_TROUBLED = ("dead", "suspect", "quarantined", "draining", "drained", "starting")
+_TROUBLED = ("dead", "broken", "suspect", "quarantined", "draining", "drained", "starting")
 _STYLES = {
     "ready": "green", "up": "green", "active": "green",
     "starting": "cyan", "draining": "yellow", "drained": "yellow", "suspect": "yellow",
     "paused": "yellow", "warn": "yellow",
-    "dead": "red", "quarantined": "red", "away": "red", "page": "red",
+    "dead": "red", "broken": "red", "quarantined": "red", "away": "red", "page": "red",
 }  # fmt: skip
 _NOTHING = "-"
 

@@ -1,13 +1,16 @@
 """What a worker is to be now, from what two sides want of it: a signal, and an operator's order.
 
-The state is not stored but follows from four facts, each of which one function changes: whether it
+The state is not stored but follows from five facts, each of which one function changes: whether it
 must stop (`stop`), the newest order (`obey`, `restarted`), whether an engine serves (`has_engine`,
-set by lifecycle), whether anything is in hand (`is_empty`, likewise). A signal comes first, then
+set by lifecycle), whether engines die before they serve (`is_unsound`) and whether anything is in
+hand (`is_empty`, both likewise). A signal comes first, then
 quarantine, then a drain.
 
     starting    -> ready        has_engine: READY has come, the model's card is written, the order
                                 is read
     ready       -> starting     has_engine: the engine died
+    starting    -> broken       is_unsound: the next one died too, before it had served
+    broken      -> ready        has_engine
     any         -> draining     obey: wanted is drained, or a restart was ordered; stop
     draining    -> drained      is_empty: its jobs have ended, or were handed back after drain_s
     draining    -> starting     restarted: all is out of hand, a new engine is started
@@ -17,6 +20,7 @@ quarantine, then a drain.
 
 Invariants:
 1. `may_claim` is false before an order was read, and in every state but starting and ready.
+   (Starting gives nothing away: there is no room before an engine serves.)
 2. A deadline only comes nearer, until the order that set it is taken back; `stop` is never.
 3. An ordered restart is carried out once: those that were ordered before this process read its
    first order are done, because the process itself was started after them.
@@ -42,6 +46,7 @@ class Duty:
         self._is_stopping = False
         self._hand_back_at = math.inf
         self.has_engine = False
+        self.is_unsound = False
         self.is_empty = False
 
     def stop(self, now_s: float) -> None:
@@ -82,12 +87,14 @@ class Duty:
         if self._must_empty:
             is_done = self.is_empty and not self.wants_restart
             return WorkerState.DRAINED if is_done else WorkerState.DRAINING
-        is_open = self.has_engine and self._order is not None
-        return WorkerState.READY if is_open else WorkerState.STARTING
+        if self.has_engine and self._order is not None:
+            return WorkerState.READY
+        return WorkerState.BROKEN if self.is_unsound else WorkerState.STARTING
 
     @property
     def may_claim(self) -> bool:
-        return self._order is not None and not self._is_stopping and not self._must_empty
+        is_barred = self._is_stopping or self._must_empty or self.is_unsound
+        return self._order is not None and not is_barred
 
     @property
     def is_stopping(self) -> bool:

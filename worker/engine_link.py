@@ -198,6 +198,7 @@ def config_of(settings: WorkerSettings, worker: str = "") -> EngineConfig:
         stub_step_ms=settings.stub_step_ms,
         stub_lost_steps=settings.stub_lost_steps,
         stub_poison=settings.stub_poison,
+        stub_broken_by=settings.stub_broken_by,
         log_format=settings.log_format,
         worker=worker,
     )

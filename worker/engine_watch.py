@@ -17,6 +17,9 @@ Invariants:
 6. An engine with work that makes no step for step_timeout_s is dumped, killed and replaced: where
    its threads stood is in the log, whatever held them. One that cannot even be killed ends the
    worker: another on its device would hang as well.
+7. READY means sane: the engine has done a job of its own (engine/canary.py). Once one that has
+   served is followed by one that dies before it says so, the worker is unsound until one does; it
+   takes nothing meanwhile, and starts another after a pause that doubles.
 
 Called by: lifecycle, in the main thread (engine processes end with the thread that started them).
 """
@@ -60,6 +63,7 @@ class EngineWatch:
         metrics: Metrics,
         hand_back: Callable[[str], None],  # every job in hand, and why
         hand_back_dead: Callable[[Evidence, frozenset[str]], None],  # and what the engine had
+        next_engine: Callable[[bool], None] = lambda is_sane: None,  # after a death
     ) -> None:
         self._worker = worker
         self._step_timeout_s = step_timeout_s
@@ -69,10 +73,13 @@ class EngineWatch:
         self._metrics = metrics
         self._hand_back = hand_back
         self._hand_back_dead = hand_back_dead
+        self._next_engine = next_engine
+        self._is_awaited = False  # READY of the engine that was started last has not been seen
         self._oom_kills = OomKills()
         self._looked_at = self._turned_at = time.monotonic()
         self._restarts = Restarts()
         self._has_served = False
+        self.is_unsound = False  # engines of this worker die before they serve
         self.broken: str | None = None  # why no engine is started any more
         self.died_ms = 0  # Unix time of the last death; 0 = none died
         self.gpu = ""  # UUID of the device that engines of this worker run on, once known
@@ -90,6 +97,7 @@ class EngineWatch:
 
     def start(self) -> None:
         self._link.start()
+        self._is_awaited = True
         self._courier.fatal = None
         log.event("engine.started", worker=self._worker, pid=self._link.pid)
 
@@ -111,11 +119,15 @@ class EngineWatch:
         if not self._link.is_started:
             if self._courier.num_jobs:  # claimed before the engine died, delivered after
                 self._hand_back("no engine")
-            if now >= self._restarts.next_at and may_start:
+            if not may_start:
+                self._next_engine(False)
+            elif now >= self._restarts.next_at:
                 self.start()
             return
-        if (ready := self._link.ready) is not None:
+        if (ready := self._link.ready) is not None and self._is_awaited:
+            self._is_awaited = self.is_unsound = False
             self._has_served, self.gpu = True, ready.gpu
+            self._next_engine(True)
         limit_s = self._step_timeout_s if ready else LOAD_TIMEOUT_S
         if is_alive and not self._courier.num_jobs and ready:
             self._link.last_frame_at = now  # an idle engine is silent
@@ -165,6 +177,9 @@ class EngineWatch:
         self._metrics.engine_deaths.labels(
             "certain" if evidence.is_certain and in_engine else "uncertain"
         ).inc()
+        if not was_ready:
+            self.is_unsound = self._has_served
+            self._next_engine(False)
         self._hand_back_dead(evidence, in_engine)
         if self._link.remains is not None:
             self.broken = (

@@ -116,6 +116,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stub_depth: int = 0  # steps of the stub in flight before the oldest is collected
     stub_lost_steps: int = 0  # steps after which the stub's device is lost; 0 = never
     stub_poison: int = 0  # token id that makes a prompt poison (stub.py); 0 = none does
+    stub_broken_by: str = ""  # a file; while it exists every step kills the stub; empty = never
     log_format: Literal["text", "json"] = "text"
     worker: str = ""  # whose engine it is, for its log
     debug_check: bool = False  # assert the invariants of pool and scheduler each step

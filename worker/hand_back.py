@@ -1,6 +1,6 @@
 """Return all jobs in hand to the queue, so that any worker goes on with them at once.
 
-When the engine died of itself, the jobs it had are judged first (suspicion.py): they go among the
+When the engine died of itself, the jobs it had are judged first (inquests.py): they go among the
 suspects, or are dead and go to the endings.
 
 The row first, then the entry: between the two the job is queued by its row and still leased, and
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from headrace.contract import log
 from headrace.contract.crashes import Judged, Verdict
@@ -25,6 +25,7 @@ from headrace.worker.courier import Courier
 from headrace.worker.endings import Endings
 from headrace.worker.evidence import Evidence
 from headrace.worker.held import Held
+from headrace.worker.inquests import Death, Inquests
 from headrace.worker.running import RunningJob
 from headrace.worker.spans import JobSpans
 from headrace.worker.suspicion import Suspicion
@@ -55,6 +56,9 @@ class HandBack:
         self._streams = streams
         self._held = held
         self._spans = spans
+        self.inquests = Inquests(
+            worker=worker, suspicion=suspicion, settle=self._settle_all, give_up=self._give_up
+        )
 
     def all(self, why: str) -> None:
         """Hand every running job back; the next claim of any worker takes it first."""
@@ -63,18 +67,18 @@ class HandBack:
     def after_death(self, evidence: Evidence, in_engine: frozenset[str]) -> None:
         """Hand every running job back; those that the engine had are judged by its death."""
         jobs = self._courier.take_all()
-        judged = [job for job in jobs if job.job in in_engine]
+        judged = tuple(job for job in jobs if job.job in in_engine)
         self._return([job for job in jobs if job.job not in in_engine], "engine died")
-        if not judged:
-            return
-        try:
-            verdicts = self._suspicion.judge(judged, evidence, was_alone=len(in_engine) == 1)
-        except Unavailable as error:
-            for job in judged:  # their leases run out: a loss, of which nobody is to blame
-                self._failed(job, error)
-            return
-        for job in judged:
-            self._settle(job, verdicts[job.job], evidence)
+        if judged:
+            self.inquests.open(Death(judged, evidence, was_alone=len(in_engine) == 1))
+
+    def _settle_all(self, death: Death, verdicts: Mapping[str, Judged]) -> None:
+        for job in death.jobs:
+            self._settle(job, verdicts[job.job], death.evidence)
+
+    def _give_up(self, death: Death, error: Unavailable) -> None:
+        for job in death.jobs:  # their leases run out: a loss, of which nobody is to blame
+            self._failed(job, error)
 
     def _settle(self, job: RunningJob, judged: Judged, evidence: Evidence) -> None:
         """Do with one job as it was judged."""

@@ -11,8 +11,9 @@ not, hand back what is overdue, replace the engine once nothing is in hand.
 
 The order of stopping, and why: intake first (nothing new), then the running jobs (finished, or
 handed back at the deadline, while leases are still renewed), then the engine (nobody needs it),
-then endings (all results committed and acknowledged), last the keeper (leases and heartbeat must
-outlive the rest, or another worker would take over what is being finished).
+then inquests (what its deaths have left open), then endings (all results committed and
+acknowledged), last the keeper (leases and heartbeat must outlive the rest, or another worker would
+take over what is being finished).
 
 Called by: worker/__main__.
 """
@@ -85,6 +86,7 @@ class Worker:
             for name, run in (
                 ("keeper", self._keeper.run),
                 ("endings", self._endings.run),
+                ("inquests", self._hand_back.inquests.run),
                 ("intake", self._intake.run),
                 ("wake", self._listen),
                 ("orders", self._orders.run),
@@ -158,6 +160,8 @@ class Worker:
         self._hand_back.all("drain")
         self._link.send(Stop())
         self._link.end()
+        self._hand_back.inquests.close()
+        threads[self._hand_back.inquests.run].join(SETTLE_S)
         settle_by = time.monotonic() + SETTLE_S
         while self._endings.num_open and time.monotonic() < settle_by:
             self._is_stopped.wait(0.02)
@@ -176,6 +180,7 @@ class Worker:
 
     def _note_engine(self) -> None:
         """Tell duty whether an engine serves; a new one's model is written down first."""
+        self._duty.is_unsound = self._engine.is_unsound
         ready = self._link.ready
         if ready is None:
             self._duty.has_engine = False

@@ -41,8 +41,9 @@ from headrace.worker.room import Room
 from headrace.worker.spans import JobSpans
 from headrace.worker.suspicion import Suspicion
 
-#: One for each thread that uses it: intake, endings, the loop, the watch of orders; and one more.
-DB_POOL_SIZE = 5
+#: One for each thread that uses it: intake, endings, inquests, the loop, the watch of orders; and
+#: one more.
+DB_POOL_SIZE = 6
 
 
 class Parts:
@@ -83,6 +84,7 @@ class Parts:
             metrics=self.metrics,
             hand_back=self.hand_back.all,
             hand_back_dead=self.hand_back.after_death,
+            next_engine=lambda is_sane: self.hand_back.inquests.next_engine(is_sane=is_sane),
         )
         self.orders = OrderWatch(name, WorkerOrders(self._db), self.courier.wake)
         self.gpus = GpuSampler(name, lambda: self.engine.gpu)

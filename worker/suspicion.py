@@ -4,17 +4,18 @@
   because Redis was away when it was handed back: then it goes among the suspects, and is not run
   here. And the attempt before may have ended in silence, with its whole worker: a loss is noted,
   and after the third without a token it goes there too, or is dead.
-- All jobs in hand when the engine died (`judge`, for hand_back).
+- All jobs in hand when the engine died (`judge`, for inquests).
 
 In the common path, an entry and a row that agree and an attempt that ended well, this costs
 nothing.
 
 Invariants:
-1. What Postgres could not be told of is a death that blames nobody: the jobs run again as before.
+1. What Postgres could not be told of (inquests.py keeps it while the worker lives) is a death that
+   blames nobody: the jobs run again as before.
 2. A job that is dead here still has to be told of: whoever has it gives it to `endings`, whose
    result Postgres knows already.
 
-Called by: intake (may_run), hand_back (judge).
+Called by: intake (may_run), inquests (judge), hand_back (put_back, is_dead).
 """
 
 from __future__ import annotations

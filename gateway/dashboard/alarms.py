@@ -3,6 +3,7 @@
     code                 severity  when
     no_worker            page      a model has jobs that may run, and no worker takes any
     steps_stopped        page      an engine has work and made no step for half of its timeout
+    worker_broken        page      a worker's engines die before they serve: it takes no jobs
     failures_growing     page      of the jobs ended in 5 min over 5 % failed, at least 5
     dead_letters_growing page      3 jobs or more of a model were dead-lettered in 5 min
     oldest_job           page      a job waits for longer than the target (its queue is not paused)
@@ -11,7 +12,7 @@
     tasks_silent         page      there is no new sample: the tasks process is down or stuck
     worker_quarantined   warn      a worker that runs is set aside for over an hour
 
-The first five and the last are found by the sampler, with each sample; the others by each gateway,
+The first six and the last are found by the sampler, with each sample; the others by each gateway,
 because they are about the sampler's own ways.
 
 Invariants:
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from headrace.contract.live import Alarm, Severity
-from headrace.contract.wire import WorkerBeat
+from headrace.contract.wire import WorkerBeat, WorkerState
 
 #: Share of its step_timeout_s an engine with work may take for a step: it is told before the
 #: courier ends the engine, which would hide that it stood.
@@ -74,6 +75,7 @@ def fleet_alarms(facts: Facts, before: Iterable[Alarm]) -> list[Alarm]:
         found += _of(name, model, facts)
     found += [_dying(name, num, facts.at) for name, num in sorted(facts.num_dead.items())]
     found += [_stopped(beat, facts.at) for beat in facts.beats]
+    found += [_broken(beat, facts.at) for beat in facts.beats]
     found += [_quarantined(name, at, facts.at) for name, at in sorted(facts.quarantined.items())]
     return [_keeping(alarm, since) for alarm in found if alarm is not None]
 
@@ -136,6 +138,16 @@ def _stopped(beat: WorkerBeat, at: datetime) -> Alarm | None:
         "look at its log and GPU, restart it"
     )
     return _page("steps_stopped", text, at, model=beat.model, subject=beat.worker)
+
+
+def _broken(beat: WorkerBeat, at: datetime) -> Alarm | None:
+    if beat.state != WorkerState.BROKEN:
+        return None
+    text = (
+        f"engines of worker {beat.worker} die before they serve, {beat.engine_restarts} in all: "
+        "look at its log and GPU, repair it or stop it"
+    )
+    return _page("worker_broken", text, at, model=beat.model, subject=beat.worker)
 
 
 def _dying(model: str, num_dead: int, at: datetime) -> Alarm | None:

@@ -36,9 +36,9 @@ class Worker(_Answer):
     worker: str
     model: str | None
     state: Literal[
-        "starting", "ready", "draining", "drained", "quarantined", "suspect", "dead"
+        "starting", "ready", "draining", "drained", "quarantined", "broken", "suspect", "dead"
     ]  # fmt: skip
-    why: str = Field(description="Why it is suspect or dead; else empty.")
+    why: str = Field(description="Why it is suspect, broken or dead; else empty.")
     version: str | None
     host: str | None
     pid: int | None

@@ -5,6 +5,7 @@
     dead         no live beat; kept in sight for an hour. Its figures are those of its last beat,
                  its rates are 0, and what it holds is what the rows say is still its own
     suspect      it says starting, ready or draining, and there is a reason to look at it (`why`)
+    broken       its engines die before they serve; it says so itself
     quarantined  and drained stay what they are: nothing runs there that could suffer
 
 Called by: gateway/dashboard/workers, and by whoever shows workers live (feed).
@@ -113,6 +114,8 @@ def _state(worker: SeenWorker, now_ms: float) -> tuple[str, str]:
         return DEAD, "no heartbeat: its jobs move on when their leases run out"
     if beat.state in (WorkerState.DRAINED, WorkerState.QUARANTINED):
         return beat.state, ""
+    if beat.state == WorkerState.BROKEN:
+        return beat.state, "its engines die of their own first job: look at its log and device"
     reasons = [text for is_so, text in (
         (_is_stalled(beat), "it has work and no step for over half its limit"),
         (worker.beat_age_ms > LATE_MS, "its heartbeat is late"),

@@ -160,7 +160,7 @@ def test_all_workloads_end_to_end_with_an_absent_peer(model_folder, tmp_path, ca
         assert row["num_steps"] * row["settings"]["max_num_seqs"] >= row["num_output_tokens"]
         assert row["start_s"] > row["start_ledger"]["load_s"] > 0
         stages = row["start_ledger"]["stages"]
-        assert list(stages) == ["process and imports", "weights", "pool"]
+        assert list(stages) == ["process and imports", "weights", "pool", "own job"]
         assert sum(stage["seconds"] for stage in stages.values()) < row["start_s"] + 0.02
         assert stages["pool"]["num_bytes"] > 0
     assert rows[0]["num_steps"] >= rows[0]["num_output_tokens"]

@@ -1,6 +1,7 @@
 """A whole fleet with poison among its jobs: each kind kills an engine in its own way.
 
 The stub's tokens are known in advance, so the jobs beside the poison are checked token by token.
+And a worker whose engine is broken in itself, which no job is to be blamed for.
 """
 
 import random
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+import redis
 
+from headrace.contract.streams import Workers
 from headrace.tests.fleet.fleet_parts import Fleet, wait_for
 from headrace.worker.engine.stub import Poison, stub_token
 
@@ -100,3 +103,35 @@ def test_invariant_8_poison_is_dead_lettered_and_the_innocent_survive(fleet):
     stands = [line for line in said.splitlines() if "engine.stands" in line]
     assert any(re.search(r"stub.py:\d+ die < ", line) for line in stands), "where it hung is told"
     assert str(POISON_ID) + "," not in said, "no prompt is logged"
+
+
+def test_an_engine_that_is_broken_in_itself_makes_no_dead_letter(fleet, tmp_path):
+    for name in ("a", "b"):
+        assert fleet.end(name) == 0
+    before, broken = letters(fleet), tmp_path / "broken"
+    fleet.start_worker("c", HEADRACE_STUB_BROKEN_BY=str(broken))
+
+    def said(what: str) -> bool:
+        return what in (fleet.folder / "c.log").read_text()
+
+    with redis.Redis.from_url(fleet.valkey.url) as client:
+
+        def state() -> str:
+            beat = Workers(client).alive().get("c")
+            return "" if beat is None else beat.state
+
+        seed = random.randrange(1 << 62)
+        sampling = {"max_tokens": 500, "temperature": 1.0, "seed": seed}
+        job = fleet.submit(prompt_token_ids=[400], sampling=sampling)["id"]
+        for attempt in (1, 2):  # the second is its trial, alone
+            wait_for(lambda n=attempt: said(f"job={job} worker=c attempt={n} "), "it runs", fleet)
+            broken.touch()
+            wait_for(lambda: state() == "broken", "the worker says that it is broken", fleet)
+            wait_for(lambda: fleet.job(job)["status"] == "queued", "the job is queued", fleet)
+            assert letters(fleet) == before, "its engine was not sane: nothing is proven"
+            broken.unlink()
+        row = fleet.wait_status(job, "succeeded", "failed")
+        assert row["status"] == "succeeded", row
+        assert row["output"]["token_ids"] == [stub_token(seed, i, VOCAB) for i in range(500)]
+        assert state() == "ready"
+    assert letters(fleet) == before

@@ -100,6 +100,12 @@ def test_an_engine_that_stands_is_told_at_half_of_its_timeout():
     assert codes(beats=[beat(step_age_ms=15_001, step_timeout_ms=60_000)]) == []
 
 
+def test_a_worker_whose_engines_die_before_they_serve_is_told():
+    (alarm,) = alarms_of(beats=[beat(state="broken", engine_restarts=7), beat(worker="w2")])
+    assert (alarm.code, alarm.severity, alarm.subject) == ("worker_broken", "page", beat().worker)
+    assert "7 in all" in alarm.text
+
+
 def test_three_dead_letters_of_a_model_are_told_and_two_are_not():
     assert codes(num_dead={"m": 2, "n": 2}) == []
     (alarm,) = alarms_of(num_dead={"m": 2, "gone": 3})

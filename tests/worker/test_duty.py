@@ -44,6 +44,17 @@ def test_invariant_1_it_claims_in_starting_and_ready_after_its_order_was_read():
     assert not duty.may_claim
 
 
+def test_while_its_engines_die_before_they_serve_it_is_broken_and_claims_nothing():
+    duty = serving()
+    duty.has_engine, duty.is_unsound = False, True
+    assert (duty.state, duty.may_claim) == (WorkerState.BROKEN, False)
+    duty.obey(QUARANTINE, 1.0)
+    assert duty.state is WorkerState.QUARANTINED, "what an operator ordered comes first"
+    duty.obey(SERVE, 2.0)
+    duty.has_engine, duty.is_unsound = True, False
+    assert (duty.state, duty.may_claim) == (WorkerState.READY, True)
+
+
 def test_a_drain_gives_what_runs_its_time_and_is_done_when_nothing_is_in_hand():
     duty = serving()
     duty.obey(DRAIN, 100.0)

@@ -57,6 +57,7 @@ class Case:
 
     def __init__(self) -> None:
         self.link, self.handed_back = Link(), []
+        self.sane: list[bool] = []  # what was said of engines, in order
         self.had: frozenset[str] = frozenset()  # what the engine has
         self.evidence: list[tuple[Evidence, frozenset[str]]] = []
         self.courier: Any = SimpleNamespace(num_jobs=0, fatal=None, lose_engine=lambda: self.had)
@@ -70,6 +71,7 @@ class Case:
             metrics=Metrics(),
             hand_back=self.hand_back,
             hand_back_dead=self.hand_back_dead,
+            next_engine=self.sane.append,
         )
         self.watch.start()
 
@@ -274,3 +276,30 @@ def test_the_last_steps_age_is_none_without_work_or_engine(case):
     assert 5 <= case.watch.step_age_s < 60
     case.turn(is_alive=False)
     assert case.watch.step_age_s == 0.0
+
+
+def test_invariant_7_an_engine_that_dies_before_it_serves_makes_its_worker_unsound(case):
+    case.open()
+    assert (case.sane, case.watch.is_unsound) == ([True], False)
+    case.had, case.courier.num_jobs = frozenset({"job_1"}), 1
+    case.turn(is_alive=False)
+    assert (case.sane, case.watch.is_unsound) == ([True], False), "it served: the next one decides"
+    case.had = frozenset()
+    for num_deaths in (1, 2):
+        case.watch.start()
+        case.turn(is_alive=False)
+        assert case.sane == [True] + [False] * num_deaths
+        assert case.watch.is_unsound
+    assert case.watch._restarts.next_at > time.monotonic() + PAUSES_S[0], "its pauses grow"
+    case.watch.start()
+    case.open()
+    assert (case.sane[-1], case.watch.is_unsound) == (True, False)
+    case.turn()
+    assert case.sane.count(True) == 2, "it is told once"
+
+
+def test_a_worker_that_stops_tells_that_no_engine_comes(case):
+    case.open()
+    case.turn(is_alive=False, may_start=False)
+    case.turn(is_alive=False, may_start=False)
+    assert case.sane == [True, False]

@@ -2,7 +2,8 @@
 
 Only engines are played: a `Player` is one worker whose engine makes a token of each job a turn,
 and dies of poison when chance says so. Beside that engines are killed, whole workers go silent,
-jobs are canceled, Redis is emptied.
+jobs are canceled, Redis is emptied; and one worker's engines become broken in themselves: they die
+of whatever they are given, until somebody repairs them.
 """
 
 import itertools
@@ -32,8 +33,13 @@ class Player:
     def __init__(self, bench: Bench, chance: random.Random, poison: set[str]) -> None:
         self.bench, self.chance, self.poison = bench, chance, poison
         self.jobs: dict[str, RunningJob] = {}
+        self.is_broken = False
+        self.is_unsound = False  # its engine did not do its own job: it serves nobody
 
     def claim(self) -> None:
+        if self.is_unsound:
+            self.is_unsound = self.is_broken  # the next start, after a pause
+            return
         was_idle = not self.jobs
         given = self.bench.claim()
         levels = {job.claim.suspect for job in given}
@@ -48,6 +54,9 @@ class Player:
 
     def turn(self) -> None:
         """Let the engine make a step, or die of one."""
+        if self.is_broken and self.jobs:
+            self.die(CERTAIN)
+            return
         for job in list(self.jobs.values()):
             if job.job in self.poison and (job.num_logged > 4 or self.chance.random() < 0.3):
                 self.die(CERTAIN)
@@ -66,9 +75,14 @@ class Player:
         del self.jobs[job.job]
 
     def die(self, evidence: Evidence) -> None:
-        """End the engine, and start another at once."""
+        """End the engine, and start another at once: its own job says whether it is sane."""
         self.bench.room.closed()
-        way_back(self.bench, list(self.jobs.values())).after_death(evidence, frozenset(self.jobs))
+        way = way_back(self.bench, list(self.jobs.values()))
+        way.after_death(evidence, frozenset(self.jobs))
+        self.is_unsound = self.is_broken
+        way.inquests.next_engine(is_sane=not self.is_broken)
+        way.inquests.turn()
+        assert way.inquests.num_open == 0
         self.bench.settle()
         self._begin_anew()
 
@@ -114,6 +128,8 @@ class PlayedFleet:
         self.poison = set(self.chance.sample(self.jobs, NUM_POISON))
         innocent = [job for job in self.jobs if job not in self.poison]
         self.to_cancel = self.chance.sample(innocent, 3)
+        begin = self.chance.randrange(30)
+        self.broken_turns = range(begin, begin + self.chance.randrange(10, 60))
         self.players = [Player(bench, self.chance, self.poison) for bench in benches]
 
     def run(self) -> None:
@@ -126,6 +142,7 @@ class PlayedFleet:
                     player.turn()
             if number < 40:
                 self.strike()
+            self.players[-1].is_broken = number in self.broken_turns
             if number % 5 == 0 and not self.open_jobs():
                 return
 

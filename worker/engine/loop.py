@@ -42,6 +42,7 @@ from headrace.contract import log
 from headrace.worker import frames, stacks
 from headrace.worker.engine import sampled
 from headrace.worker.engine.batch import Batch
+from headrace.worker.engine.canary import prove
 from headrace.worker.engine.kv_pool import KVPool
 from headrace.worker.engine.last_words import last_words
 from headrace.worker.engine.outcome import Outcome, end_entries, take_results
@@ -184,7 +185,7 @@ class Engine:
     def _obey(self, command: object) -> None:
         match command:
             case Admit():
-                self._admit(command)
+                self.admit(command)
             case Cancel():
                 if (seq := self.scheduler.find(command.seq_id)) is not None:
                     self.scheduler.retire(seq, is_finished=False)
@@ -194,7 +195,7 @@ class Engine:
             case _:
                 raise frames.FrameError(f"courier sent {type(command).__name__}: no command")
 
-    def _admit(self, asked: Admit) -> None:
+    def admit(self, asked: Admit) -> None:
         """Queue a sequence, or end it at once with the reason."""
         if self.scheduler.find(asked.seq_id) is not None:
             raise frames.FrameError(f"seq_id {asked.seq_id} admitted twice: a courier's mistake")
@@ -300,6 +301,8 @@ def _serve(sock: socket.socket, config_json: str) -> None:
     log.configure("INFO", "engine", config.log_format)
     log.identify(worker=config.worker)
     runner = build_runner(config, ledger)
+    with ledger.stage("own job"):
+        prove(lambda sock: Engine(runner, config, sock), runner.vocab_size)
     engine = Engine(runner, config, sock)
     if config.log_format == "text":  # else the courier's engine.opened says it
         print("\n".join(ledger.lines()), file=sys.stderr, flush=True)

@@ -86,6 +86,7 @@ def build_runner(config: EngineConfig, ledger: StartupLedger | None = None) -> R
             depth,
             num_steps_to_loss=config.stub_lost_steps,
             poison_id=config.stub_poison,
+            broken_by=config.stub_broken_by,
         )
     from headrace.worker.engine.cpu_runner import build_cpu_runner
 

@@ -15,6 +15,8 @@ also after a takeover. KIND says how:
     4 ill       SIGILL           8 exit    status 3, without a word
    11 hang      as stall, in C code that holds the interpreter's lock
 
+Or it can be broken in itself: while the file `broken_by` exists, no step of anything is computed.
+
 Called by: runner.build_runner, where HEADRACE_RUNNER is stub.
 """
 
@@ -78,6 +80,7 @@ class StubRunner:
         depth: int = 0,
         num_steps_to_loss: int = 0,  # 0 = the device is never lost
         poison_id: int = 0,  # 0 = no prompt is poison
+        broken_by: str = "",  # a file; empty = never
     ) -> None:
         if arch.vocab_size <= FIRST_STUB_TOKEN:
             raise UnsupportedModel(
@@ -99,13 +102,17 @@ class StubRunner:
         self._step_s = step_s
         self._num_steps_to_loss = num_steps_to_loss
         self._num_collected = 0
-        self._poison_id = poison_id
+        self._poison_id, self._broken_by = poison_id, broken_by
         self._poisons: dict[int, tuple[int, int]] = {}  # slot -> kind, output token it dies at
         self._slots = _StubSlots(0)
         self._in_flight: deque[tuple[float, Sampled]] = deque()  # done at (monotonic), results
         self._last_done_s = 0.0
 
     def submit(self, batch: Batch) -> None:
+        if self._broken_by and os.path.exists(self._broken_by):
+            raise RuntimeError(
+                "the stub is broken, as stub_broken_by asks: remove the file it names"
+            )
         if not self._slots.num_slots:
             self._slots = _StubSlots(batch.table.max_num_seqs)
         for seq in batch.started:

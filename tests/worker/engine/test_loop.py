@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headrace.worker import frames
+from headrace.worker.engine.canary import NUM_OUTPUT
 from headrace.worker.engine.loop import Engine
 from headrace.worker.engine.runner import build_runner
 from headrace.worker.engine.stub import stub_token
@@ -127,7 +128,12 @@ def start_small(start, model_folder):
     assert (ready.num_blocks, ready.block_size, ready.vocab_size) == (32, 8, 320)
     assert ready.max_seq_tokens == 256
     assert (ready.device, ready.max_num_seqs) == ("cpu", 8)
-    assert [stage.name for stage in ready.stages] == ["process and imports", "weights", "pool"]
+    assert [stage.name for stage in ready.stages] == [
+        "process and imports",
+        "weights",
+        "pool",
+        "own job",
+    ]
     assert all(stage.seconds > 0 for stage in ready.stages)
     assert sum(stage.seconds for stage in ready.stages[1:]) <= ready.load_s
     return courier
@@ -402,7 +408,7 @@ def test_a_device_lost_in_mid_run_is_told_after_the_tokens_made_before(
         model_folder=str(model_folder("qwen3")),
         runner="stub",
         stub_depth=depth,
-        stub_lost_steps=5,
+        stub_lost_steps=NUM_OUTPUT + 5,  # the first are of its own job
     )
     assert isinstance(courier.next(), frames.Ready)
     courier.send(admit(1, [5] * 9, 30, params=SamplingParams(seed=3)))
