@@ -22,7 +22,7 @@ from sqlalchemy import event
 
 from headrace.contract import wire
 from headrace.contract.ids import new_id
-from headrace.contract.ledger import Ending
+from headrace.contract.ledger import Ending, Ledger
 from headrace.contract.roles import Role
 from headrace.contract.tokens import Append
 from headrace.contract.wire import FinishReason, JobStatus
@@ -329,6 +329,23 @@ def test_lists_hold_ones_own_jobs_only_whatever_the_cursor(attacker, victim):
                 query = query | {"cursor": page["next_cursor"]}
     assert mine <= seen
     assert not seen & set(victim.jobs.values())
+
+
+def without_tenant(which: str, victim: Victim):
+    """Return one of the ledger's reads as it would be if it forgot to look at the tenant."""
+    read = getattr(Ledger, which)
+    if which == "list_jobs":
+        return lambda self, tenant_id, **given: read(self, victim.tenant_id, **given)
+    return lambda self, job_id, *, tenant_id=None: read(self, job_id, tenant_id=victim.tenant_id)
+
+
+@pytest.mark.parametrize("which", ["job", "summary", "list_jobs"])
+def test_the_fuzz_sees_a_tenant_check_that_is_gone(table, attacker, victim, monkeypatch, which):
+    monkeypatch.setattr(Ledger, which, without_tenant(which, victim))
+    with pytest.raises(AssertionError, match=MARK if which == "job" else None):
+        test_every_operation_with_every_id_of_the_victim(table, attacker, victim)
+    monkeypatch.undo()
+    test_every_operation_with_every_id_of_the_victim(table, attacker, victim)
 
 
 def test_an_idempotency_key_is_each_tenants_own(app, services, victim):
