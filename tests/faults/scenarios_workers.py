@@ -158,7 +158,9 @@ async def rolling_restart(run: Run) -> None:
 
 # -- poison ----------------------------------------------------------------------------------
 
-#: Certain ways to die, as HEADRACE_STUB_POISON knows them (worker/engine/stub.py).
+#: Certain ways to die, as HEADRACE_STUB_POISON knows them (worker/engine/stub.py). A kill
+#: by the OOM killer is not among them: it takes a limited cgroup of one's own
+#: (tests/worker/test_evidence.py reads the counters of played ones).
 KINDS = (
     Poison.SEGFAULT,
     Poison.BUS,
@@ -166,8 +168,10 @@ KINDS = (
     Poison.ILL,
     Poison.ABORT,
     Poison.RAISE,
+    Poison.MEMORY,
     Poison.EXIT,
     Poison.STALL,
+    Poison.HANG,
 )
 POISON_ID = 40_000  # no id of PROMPT_IDS
 #: One job in so many is poison, but never fewer than three of a run.
