@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Engine, RowMapping, func, insert, or_, select, text, update
+from sqlalchemy import Engine, RowMapping, and_, func, insert, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from headrace.contract.database import autocommitting, database_errors
@@ -117,24 +117,26 @@ class Accounts:
         match = _KEY.fullmatch(key)
         if match is None:
             return None
-        with database_errors("look up key"), self._engine.begin() as db:
+        stale = func.now() - text("interval '1 minute'")
+        is_stale = or_(api_keys.c.last_used_at.is_(None), api_keys.c.last_used_at < stale)
+        # Each statement by itself: a lock of the row is not held over a round trip, or whoever
+        # authenticates by the same key would wait for it with a connection in hand.
+        with database_errors("look up key"), self._single.connect() as db:
             row = db.execute(
                 select(
-                    api_keys.c.id, api_keys.c.tenant_id, api_keys.c.secret_sha256, api_keys.c.role
+                    api_keys.c.id,
+                    api_keys.c.tenant_id,
+                    api_keys.c.secret_sha256,
+                    api_keys.c.role,
+                    is_stale.label("is_stale"),
                 ).where(api_keys.c.prefix == match[1], api_keys.c.revoked_at.is_(None))
             ).first()
             digest = hashlib.sha256(match[2].encode()).digest()
             if row is None or not hmac.compare_digest(digest, bytes(row.secret_sha256)):
                 return None
-            stale = func.now() - text("interval '1 minute'")
-            db.execute(
-                update(api_keys)
-                .where(
-                    api_keys.c.id == row.id,
-                    or_(api_keys.c.last_used_at.is_(None), api_keys.c.last_used_at < stale),
-                )
-                .values(last_used_at=func.now())
-            )
+            if row.is_stale:
+                this_key = and_(api_keys.c.id == row.id, is_stale)
+                db.execute(update(api_keys).where(this_key).values(last_used_at=func.now()))
         return Principal(row.tenant_id, row.id, None if row.role is None else Role(row.role))
 
     def list_keys(self) -> Sequence[RowMapping]:

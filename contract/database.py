@@ -6,6 +6,9 @@ Invariants (tests/contract/test_store_errors.py, on a real server in each of the
    ask again. What says something about the statement or its values is raised as it is: asking
    again would go on for ever.
 2. A server that is gone without a farewell is noticed within SILENCE_S: no call waits for ever.
+3. Whoever finds all connections in use waits for one at most POOL_WAIT_S, and is served in the
+   order of coming; only then it is DatabaseUnavailable. So a burst is worked off one after another:
+   refused after a short wait, its clients would come again, and cost more than their answers.
 
 Called by: each process once (`connect`); ledger and accounts (`database_errors`).
 """
@@ -27,13 +30,17 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import QueuePool
 
 from headrace.contract.errors import DatabaseUnavailable
+from headrace.contract.turns import Turns
 
 #: Seconds a statement may take; the longest of ours takes milliseconds.
 STATEMENT_TIMEOUT_S = 15
-#: Seconds a request waits for a free connection, and for a new one to be made.
+#: Seconds a new connection may take to be made.
 CONNECT_TIMEOUT_S = 3
+#: Seconds a call waits for a free connection of the pool: a thousand POSTs at once, on half a core.
+POOL_WAIT_S = 20
 #: Seconds after which a peer that acknowledges nothing counts as gone: statement_timeout is the
 #: server's clock, and a server whose machine died has none.
 SILENCE_S = 20
@@ -47,13 +54,37 @@ _NOT_PASSING = ("54",)
 _POOL_GAVE_UP = "This connection is closed"
 
 
-def connect(url: str, *, pool_size: int = 5) -> Engine:
+class FairPool(QueuePool):
+    """SQLAlchemy's pool, with a line before it (invariant 3): who has a turn finds a connection."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._turns = Turns(self.size())
+
+    def _do_get(self) -> Any:
+        if not self._turns.take(self.timeout()):
+            raise PoolTimeoutError(f"all {self.size()} connections in use for {self.timeout():g} s")
+        try:
+            return super()._do_get()
+        except BaseException:
+            self._turns.give_back()
+            raise
+
+    def _do_return_conn(self, record: Any) -> None:
+        try:
+            super()._do_return_conn(record)
+        finally:
+            self._turns.give_back()
+
+
+def connect(url: str, *, pool_size: int = 5, pool_wait_s: float = POOL_WAIT_S) -> Engine:
     """Return an engine (lazy: nothing is opened yet) whose connections are checked before use."""
     engine = create_engine(
         url,
+        poolclass=FairPool,
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=CONNECT_TIMEOUT_S,
+        pool_timeout=pool_wait_s,
         hide_parameters=True,  # an error's text must not carry prompts into a log
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
