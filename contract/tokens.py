@@ -146,14 +146,27 @@ class TokenLog:
         last = begin + count - 1 if count else -1
         with redis_errors(f"read log of {job}"):
             rows = cast("list[bytes]", self._client.lrange(keys.token_log(model, job), begin, last))
-        chunks: list[wire.TokenChunk] = []
-        end: wire.JobEnd | None = None
-        for message in map(wire.decode_stream, rows):
-            if isinstance(message, wire.TokenChunk):
-                chunks.append(message)
-            elif isinstance(message, wire.JobEnd):
-                end = message
-        return LogView(tuple(chunks), end, len(rows))
+        return _view_of(rows)
+
+    def read_each(
+        self, places: Sequence[tuple[str, str, int]], count: int
+    ) -> list[LogView | wire.WireError]:
+        """Return so many records of each log, (model, job, begin), in one round trip.
+
+        A log that this process cannot read is an error of its own, not of all.
+        """
+        with redis_errors("read logs"):
+            pipe = self._client.pipeline(transaction=False)
+            for model, job, begin in places:
+                pipe.lrange(keys.token_log(model, job), begin, begin + count - 1)
+            found = cast("list[list[bytes]]", pipe.execute())
+        views: list[LogView | wire.WireError] = []
+        for rows in found:
+            try:
+                views.append(_view_of(rows))
+            except wire.WireError as error:
+                views.append(error)
+        return views
 
     def prompt_tokens(self, model: str, job: str) -> int | None:
         """Return how many tokens the job's worker counted in its prompt; None: nobody did."""
@@ -164,11 +177,11 @@ class TokenLog:
     def position(self, model: str, job: str) -> Position | None:
         """Return how far the log is; None when this Redis does not know the job."""
         with redis_errors(f"read position of {job}"):
-            gen, next_index, end = cast(
-                "list[bytes | None]",
-                self._client.hmget(keys.job_hash(model, job), "gen", "next", "end"),
+            key = keys.job_hash(model, job)
+            gen, next_index, end, lane = cast(
+                "list[bytes | None]", self._client.hmget(key, "gen", "next", "end", "lane")
             )
-            if gen is None and end is None and not self._client.exists(keys.job_hash(model, job)):
+            if gen is None and end is None and lane is None and not self._client.exists(key):
                 return None
         return Position(int(gen or 0), int(next_index or 0), end is not None)
 
@@ -197,6 +210,17 @@ class TokenLog:
     def unsubscribe(self, shard: str, model: str, job: str) -> None:
         with redis_errors("unsubscribe"):
             self._client.zrem(keys.subscribers(model, job), shard)
+
+
+def _view_of(rows: list[bytes]) -> LogView:
+    chunks: list[wire.TokenChunk] = []
+    end: wire.JobEnd | None = None
+    for message in map(wire.decode_stream, rows):
+        if isinstance(message, wire.TokenChunk):
+            chunks.append(message)
+        elif isinstance(message, wire.JobEnd):
+            end = message
+    return LogView(tuple(chunks), end, len(rows))
 
 
 class ShardSubscription:

@@ -9,7 +9,10 @@ Invariants:
 2. A mailbox never holds more than MAX_MESSAGES or MAX_BYTES: one that overflows is emptied, takes
    nothing more until its owner catches up, and is told that it is behind: the log, which holds all
    of it, is read instead. A slow subscriber costs no memory and slows nobody.
-3. Whenever the connection was away, every mailbox is told that it is behind.
+3. Whenever the connection was away, every mailbox is given what its log holds beyond its owner's
+   place, many logs a round trip; where that cannot be (no place, a gap of FILL_RECORDS, another
+   log) it is told that it is behind. An owner that read the log by itself meanwhile is given
+   nothing: what it has is newer.
 4. The wish for a job's frames is repeated while a mailbox lives, and lapses by itself otherwise.
 5. From the first stream on this process reports how many it holds, also when it is none any more.
 
@@ -29,8 +32,9 @@ from queue import Empty, SimpleQueue
 
 from headrace.contract import log, wire
 from headrace.contract.errors import QueueUnavailable
-from headrace.contract.tokens import SUBSCRIPTION_S, ShardSubscription, TokenLog
+from headrace.contract.tokens import SUBSCRIPTION_S, LogView, ShardSubscription, TokenLog
 from headrace.contract.wire import WireError
+from headrace.gateway.log_place import LogPlace
 
 #: Messages a mailbox holds; at 20 ms a flush, five seconds of one job.
 MAX_MESSAGES = 256
@@ -46,8 +50,11 @@ RENEW_BATCH = 500
 READ_S = 0.5
 #: Seconds between two reports of open streams: well under live.STREAMS_TTL_S.
 REPORT_S = 5.0
-#: Seconds between two attempts to reach Redis.
+#: Seconds between two attempts to reach Redis: a connection that held longer is replaced at once.
 RECONNECT_S = 0.25
+#: Logs that are read in one round trip after a gap, and records of each at most.
+FILL_BATCH = 100
+FILL_RECORDS = 32
 
 
 class Mailbox:
@@ -58,6 +65,8 @@ class Mailbox:
         self.job = job
         self.is_behind = False  # messages were lost: read the log
         self.is_closed = False  # the process stops: end the stream, the client resumes elsewhere
+        self.place: LogPlace | None = None  # where in the log the owner is; None: it reads none
+        self.num_catch_ups = 0  # times the owner read the log by itself
         self._is_full = False  # it overflowed: nothing is kept until the owner catches up
         self._num_bytes = 0
         self._messages: SimpleQueue[wire.StreamMessage | None] = SimpleQueue()
@@ -94,6 +103,7 @@ class Mailbox:
 
     def catch_up(self) -> None:
         """Forget what waits, because the log is read next: it holds all of it."""
+        self.num_catch_ups += 1
         self.is_behind = self._is_full = False  # first: what is lost from here on must be noticed
         self._drain()
 
@@ -189,16 +199,17 @@ class Follower:
 
     def _run(self) -> None:
         while not self._closing.is_set():
+            began_at = time.monotonic()
             try:
                 self._subscription.open()
                 self._ask_for_all()
-                self._tell_all_behind()
+                self._fill_gaps()
                 while not self._closing.is_set():
                     self._receive()
                     self._keep_up()
             except QueueUnavailable as error:
                 log.event("follower.disconnected", level=logging.WARNING, why=error.detail)
-                self._closing.wait(RECONNECT_S)
+                self._closing.wait(max(0.0, began_at + RECONNECT_S - time.monotonic()))
             except Exception as error:  # noqa: BLE001  the outermost loop: else all streams go deaf
                 log.failure("follower.failed", error)
                 self._closing.wait(RECONNECT_S)
@@ -240,6 +251,29 @@ class Follower:
         except QueueUnavailable:
             self._tell_all_behind()
 
+    def _fill_gaps(self) -> None:
+        """Give each mailbox what was published while nobody listened (invariant 3)."""
+        with self._lock:
+            boxes = self._all_boxes()
+        for start in range(0, len(boxes), FILL_BATCH):
+            self._fill(boxes[start : start + FILL_BATCH])
+
+    def _fill(self, boxes: list[Mailbox]) -> None:
+        places = [(box, box.place, box.num_catch_ups) for box in boxes]
+        wanted = [
+            (box.model, box.job, place.begin) for box, place, _ in places if place is not None
+        ]
+        views = iter(self._log.read_each(wanted, FILL_RECORDS) if wanted else ())
+        for box, place, num_catch_ups in places:
+            found = None if place is None else _beyond(place, next(views))
+            if box.num_catch_ups != num_catch_ups:
+                continue
+            if found is None:
+                box.wake_behind()
+                continue
+            for message in found:
+                box.put(message, size_of(message))
+
     def _tell_all_behind(self) -> None:
         with self._lock:
             boxes = self._all_boxes()
@@ -248,3 +282,12 @@ class Follower:
 
     def _all_boxes(self) -> list[Mailbox]:
         return [box for boxes in self._boxes.values() for box in boxes]
+
+
+def _beyond(
+    place: LogPlace, view: LogView | WireError
+) -> tuple[wire.TokenChunk | wire.JobEnd, ...] | None:
+    """Return the records after the place, None where the owner must look for itself."""
+    if isinstance(view, WireError) or view.num_records == FILL_RECORDS:
+        return None
+    return place.new_in(view)

@@ -10,7 +10,8 @@ Invariants:
    its end record is noticed after ROW_EVERY silences, if the sweeper was not faster.
 3. Redis or Postgres being away ends no stream; it goes on when they are back.
 4. The log is read LOG_PAGE records at a time, the next when the one before was sent: a subscriber
-   that is far behind costs one page, however long the job is.
+   that is far behind costs one page, however long the job is. It is read on from the place this
+   stream has in it (gateway/log_place), and from its beginning only where that place is not there.
 5. Leaving the stream changes nothing about the job (design invariant 10).
 
 Called by: gateway/sse.
@@ -18,16 +19,17 @@ Called by: gateway/sse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sqlalchemy import RowMapping
 
 from headrace.contract.errors import DatabaseUnavailable, QueueUnavailable
 from headrace.contract.ledger import Ledger
-from headrace.contract.tokens import LogView, TokenLog
-from headrace.contract.wire import JobStatus
+from headrace.contract.tokens import TokenLog
+from headrace.contract.wire import JobEnd, JobStatus, StreamMessage, TokenChunk
 from headrace.gateway.cursor import Event, StreamCursor
 from headrace.gateway.follower import Follower, Mailbox
+from headrace.gateway.log_place import BEGINNING
 from headrace.gateway.metrics import Metrics
 
 #: Silences after which the row is looked at although Redis says that nothing happened.
@@ -60,18 +62,20 @@ class JobStream:
         self._metrics = metrics
         self._heartbeat_s = heartbeat_s
         self._num_silences = 0
+        self._asked_start = 0  # the attempt whose start was looked for in the row
         self._is_gone = False  # the row was deleted: nothing will come any more
 
     def events(self) -> Iterator[list[Event]]:
         """Yield events as they come, [] where a heartbeat is due, and stop after the end."""
         cursor = self._cursor
         with self._follower.follow(self._model, self._job) as box:
+            box.place = BEGINNING
             yield from self._first_look(box)
             while not (cursor.is_done or self._is_gone):
                 messages = box.take(self._heartbeat_s)
                 if box.is_closed:
                     return
-                events = [event for message in messages for event in cursor.take(message)]
+                events = [event for message in messages for event in self._take(box, message)]
                 if box.is_behind or cursor.is_behind:
                     yield from self._read_log(box, events)
                 elif not messages:
@@ -105,7 +109,10 @@ class JobStream:
         box.catch_up()
         self._cursor.is_behind = False
         self._metrics.resyncs.inc()
-        begin, is_last = 0, False
+        place = box.place if box.place is not None else BEGINNING
+        if place.next > self._cursor.next:  # the stream has begun again
+            place = BEGINNING
+        begin, is_last = place.begin, False
         while not is_last:
             try:
                 view = self._log.read(self._model, self._job, begin, LOG_PAGE)
@@ -113,22 +120,35 @@ class JobStream:
                 box.is_behind = True
                 yield events + self._look_at_row()
                 return
+            found = place.new_in(view)
+            if found is None:
+                box.place = place = BEGINNING
+                begin = 0
+                continue
             begin, is_last = begin + LOG_PAGE, view.num_records < LOG_PAGE
-            if found := events + self._take_page(view, is_last):
-                yield found
-            events = []
+            if events := events + self._take_page(box, found, is_last):
+                yield events
+            events, place = [], BEGINNING  # what follows a page has been found to be of its log
 
-    def _take_page(self, view: LogView, is_last: bool) -> list[Event]:
-        events: list[Event] = []
-        if view.chunks and self._cursor.lacks_start(view.chunks[-1].attempt):
-            events += self._look_at_row()
-        events += [event for chunk in view.chunks for event in self._cursor.take(chunk)]
-        if view.end is not None:
-            events += self._cursor.take(view.end)
-        has_missed = view.end is not None and not self._cursor.is_done
+    def _take_page(
+        self, box: Mailbox, found: Sequence[StreamMessage], is_last: bool
+    ) -> list[Event]:
+        events = [event for message in found for event in self._take(box, message)]
+        has_missed = bool(found) and isinstance(found[-1], JobEnd) and not self._cursor.is_done
         if has_missed or (is_last and self._cursor.is_behind):
             events += self._look_at_row()
         return events
+
+    def _take(self, box: Mailbox, message: StreamMessage) -> list[Event]:
+        """Return what a frame or a record makes; a start that was lost is told from the row."""
+        events: list[Event] = []
+        if isinstance(message, TokenChunk):
+            if box.place is not None:
+                box.place = box.place.after(message)
+            if self._cursor.lacks_start(message.attempt) and message.attempt > self._asked_start:
+                self._asked_start = message.attempt
+                events += self._look_at_row()
+        return events + self._cursor.take(message)
 
     def _check(self, box: Mailbox) -> Iterator[list[Event]]:
         """After a silence: see whether anything was missed; [] where nothing was."""
