@@ -44,8 +44,8 @@ MAX_BYTES = 256 << 10
 MESSAGE_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 400, 72, 120
 #: Seconds between two repetitions of all wishes.
 RENEW_S = SUBSCRIPTION_S / 3
-#: Wishes repeated in one pipeline.
-RENEW_BATCH = 500
+#: Wishes repeated in one pipeline. Few round trips: between two of them each stream has its turn.
+RENEW_BATCH = 1000
 #: Seconds a read waits for a frame; bounds how late a repetition or a stop can be.
 READ_S = 0.5
 #: Seconds between two reports of open streams: well under live.STREAMS_TTL_S.
@@ -53,8 +53,8 @@ REPORT_S = 5.0
 #: Seconds between two attempts to reach Redis: a connection that held longer is replaced at once.
 RECONNECT_S = 0.25
 #: Logs that are read in one round trip after a gap, and records of each at most.
-FILL_BATCH = 100
-FILL_RECORDS = 32
+FILL_BATCH = 500
+FILL_RECORDS = 16
 
 
 class Mailbox:

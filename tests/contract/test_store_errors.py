@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import redis
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
 
 from headrace.contract import redis_client
 from headrace.contract.database import connect, database_errors
@@ -374,6 +374,29 @@ def test_a_pool_that_meets_only_closed_connections_is_unavailable(engine, databa
         with pytest.raises(Unavailable), database_errors("ask"):
             pooled.connect()
     pooled.dispose()
+
+
+def test_invariant_3_a_connection_is_waited_for_and_then_refused(database_url):
+    pooled = connect(database_url, pool_size=2, pool_wait_s=0.05)
+    with pooled.connect() as one, pooled.connect() as other:
+        with pytest.raises(DatabaseUnavailable), database_errors("ask"):
+            pooled.connect()
+        one.close()
+        with pooled.connect() as again:
+            assert again.exec_driver_sql("select 1").scalar() == 1
+        assert other.exec_driver_sql("select 1").scalar() == 1
+    pooled.dispose()
+    with pooled.connect(), pooled.connect():  # a pool made anew has all its turns
+        pass
+    pooled.dispose()
+
+
+def test_a_connection_that_cannot_be_made_takes_no_turn_along(database_url):
+    away = connect("postgresql+psycopg://nobody@127.0.0.1:1/none", pool_size=1, pool_wait_s=0.05)
+    for _ in range(3):
+        with pytest.raises(OperationalError):
+            away.connect()
+    away.dispose()
 
 
 def test_a_fault_of_ours_is_not_called_unavailable(engine):

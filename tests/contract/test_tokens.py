@@ -346,3 +346,18 @@ def test_the_position_says_how_far_a_log_is(tokens, streams, client, spec_for, c
     assert tokens.position(MODEL, job.job) == Position(2, 4, True)
     client.flushall()
     assert tokens.position(MODEL, job.job) is None
+
+
+def test_many_logs_are_read_on_in_one_round_trip(tokens, chunk_of, client):
+    for job in ("job_1", "job_2"):
+        tokens.fence(MODEL, job, 1, "w1")
+        append(tokens, chunk_of(job, 1, 0, 2))
+        append(tokens, chunk_of(job, 1, 2, 1))
+        append(tokens, chunk_of(job, 1, 3, 1))
+    client.rpush(keys.token_log(MODEL, "job_3"), b"not a message")
+    places = [(MODEL, "job_1", 0), (MODEL, "job_2", 1), (MODEL, "job_3", 0), (MODEL, "none", 7)]
+    one, two, three, none = tokens.read_each(places, 2)
+    assert one.chunks == (chunk_of("job_1", 1, 0, 2), chunk_of("job_1", 1, 2, 1))
+    assert two.chunks == (chunk_of("job_2", 1, 2, 1), chunk_of("job_2", 1, 3, 1))
+    assert isinstance(three, wire.WireError), "one that cannot be read spoils no other"
+    assert (none.chunks, none.end, none.num_records) == ((), None, 0)

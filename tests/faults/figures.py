@@ -52,6 +52,7 @@ class Figures:
         default_factory=lambda: defaultdict(list)
     )
     stale_writes: dict[tuple[str, int], float] = field(default_factory=dict)
+    streams_open: list[float] = field(default_factory=list)  # at each fault that cuts streams
     _jobs: dict[str, _Subscriber] = field(default_factory=dict)
     _pubsub_killed_at_s: float = 0.0  # the last time
 
@@ -69,6 +70,8 @@ class Figures:
                 self.num_bytes += len(record.data)
             case rec.Fault():
                 self.faults[record.name] += 1
+                if "streams_open" in record.detail:
+                    self.streams_open.append(float(record.detail["streams_open"]))
                 if record.name == "kill-pubsub":
                     self._pubsub_killed_at_s = record.at_s
             case rec.Sample(name="rss_bytes"):
@@ -135,6 +138,8 @@ class Figures:
             "silence_p50_s": round(quantile(self.silences_s, 0.5), 3),
             "silence_p99_s": round(self.silence_p99_s, 3),
             "silence_max_s": round(max(self.silences_s, default=0.0), 3),
+            "streams_open_at_fault_p50": int(quantile(self.streams_open, 0.5)),
+            "streams_open_at_fault_max": int(max(self.streams_open, default=0)),
             "stale_writes_refused": self.num_stale_writes,
             "faults_done": dict(self.faults),
             "answers": {str(status): count for status, count in sorted(self.answers.items())},

@@ -19,6 +19,8 @@ from headrace.tests.faults.scenario import FaultAction, Rules, Run, Scenario
 from headrace.worker.engine.stub import Poison
 
 LEASE_S = 2.0
+#: Streams that are open when a gateway is killed, in a run of many jobs.
+NUM_STREAMS = 1000
 #: Seconds a kill waits for a worker that is ready and busy, before it takes any that is ready.
 BUSY_S = 10.0
 
@@ -123,12 +125,24 @@ async def kill_gateway(run: Run) -> None:
     run.fault("kill-gateway", name, streams_open=num_open)
 
 
+async def until_many_are_open(run: Run) -> None:
+    """Wait a while until those that the last kill cut off are back; not when no more will come."""
+    clients = run.clients
+    wanted = 0 if run.is_slice else min(NUM_STREAMS, run.num_jobs // 2)
+    await clients.until(
+        lambda: clients.num_open >= wanted or clients.num_asked >= run.num_jobs,
+        min(now_s() + BUSY_S, run.deadline_s),
+    )
+
+
 async def gateway_kill(run: Run) -> None:
     async def kills() -> None:
         async for _ in run.faults_due():
+            await until_many_are_open(run)
             await kill_gateway(run)
 
-    await run.beside(run.load(tokens=(20, 80)), kills())
+    load = run.load(tokens=(5, 30) if run.is_slice else (20, 80))
+    await run.beside(load, kills())
     await run.until_done()
 
 
@@ -248,11 +262,12 @@ SCENARIOS = [
         slice_jobs=80,
         slice_faults=4,
         run=gateway_kill,
-        # Some 30 jobs a second are done, and a thousand streams wait for their turn.
-        settings={"HEADRACE_STUB_STEP_MS": "40", "HEADRACE_MAX_NUM_SEQS": "32"},
+        # Some 13 jobs a second are done, and the other streams wait for their turn: the load lasts
+        # as long as 200 gateways need to start again. Those above 1,000 are the ones that come.
+        settings={"HEADRACE_STUB_STEP_MS": "100", "HEADRACE_MAX_NUM_SEQS": "32"},
         num_workers=2,
-        num_gateways=2,
-        in_flight=1000,
+        num_gateways=3,
+        in_flight=1100,
         keeps_load=True,
     ),
     Scenario(

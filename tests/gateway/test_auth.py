@@ -1,11 +1,17 @@
 """Keys: every route needs one, except the few that say so."""
 
 import re
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from flask import Flask
 
+from headrace.contract.accounts import Principal
+from headrace.contract.errors import Unauthenticated
 from headrace.gateway import auth
 from headrace.gateway.routes import route_table
 from headrace.tests.gateway.conftest import client_of
@@ -106,3 +112,40 @@ def test_the_memory_of_keys_is_bounded(services, key, monkeypatch):
         made = services.accounts.create_key(tenant="bounded", name=f"k{n}")
         assert guard.principal(f"bearer {made.secret}").key_id == made.id
         assert len(guard._known) <= 2
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_burst_with_one_key_asks_once(services, key, is_known, monkeypatch):
+    """Each of a thousand POSTs that asked would hold a connection that the others wait for."""
+    accounts, may_answer = type(services.accounts), threading.Event()
+    asked: list[str] = []
+
+    def slowly(_: object, secret: str) -> Principal | None:
+        asked.append(secret)
+        assert may_answer.wait(20)
+        return Principal("tenant", "key") if is_known else None
+
+    monkeypatch.setattr(accounts, "authenticate", slowly)
+    guard = auth.KeyGuard(services.accounts)
+    with ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(guard.principal, f"Bearer {key.secret}") for _ in range(8)]
+        (waiting,) = wait_until(lambda: list(guard._asked.values()))
+        wait_until(lambda: waiting._condition._waiters and len(waiting._condition._waiters) == 7)
+        may_answer.set()
+        for answer in answers:
+            if is_known:
+                assert answer.result(20) == Principal("tenant", "key")
+            else:
+                with pytest.raises(Unauthenticated):
+                    answer.result(20)
+    assert len(asked) == 1
+    assert not guard._asked
+
+
+def wait_until(look: Callable[[], Any]) -> Any:
+    """Return what a look finds, once it finds something."""
+    deadline = time.monotonic() + 20
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return found

@@ -8,8 +8,17 @@ import pytest
 
 from headrace.contract import wire
 from headrace.contract.errors import QueueUnavailable
+from headrace.contract.tokens import LogView
 from headrace.contract.wire import WireError
-from headrace.gateway.follower import MAX_BYTES, MAX_MESSAGES, Follower, Mailbox, size_of
+from headrace.gateway.follower import (
+    FILL_RECORDS,
+    MAX_BYTES,
+    MAX_MESSAGES,
+    Follower,
+    Mailbox,
+    size_of,
+)
+from headrace.gateway.log_place import BEGINNING, LogPlace
 from headrace.tests.gateway.courier import chunk_of
 
 JOB = "job_" + "b" * 32
@@ -25,8 +34,14 @@ class Scripted:
         self.left: list[str] = []
         self.is_asking_refused = False
         self.ran_out = threading.Event()
+        self.may_begin = threading.Event()
+        self.log: list[wire.TokenChunk] = []
+        self.read: list[tuple[str, str, int]] = []
+        self.before_answer: Callable[[], None] = lambda: None
+        self.boxes: list[Mailbox] = []
 
     def open(self) -> None:
+        assert self.may_begin.wait(10)
         self.opened += 1
 
     def messages(self, timeout_s: float) -> list[wire.StreamMessage]:
@@ -37,6 +52,14 @@ class Scripted:
         return []
 
     def close(self) -> None: ...
+
+    def read_each(self, places: list[tuple[str, str, int]], count: int) -> list[LogView]:
+        self.read += places
+        self.before_answer()
+        return [
+            LogView(tuple(self.log[begin : begin + count]), None, len(self.log[begin:][:count]))
+            for _, _, begin in places
+        ]
 
     def subscribe(self, shard: str, jobs: list[tuple[str, str]]) -> None:
         if self.is_asking_refused:
@@ -52,10 +75,13 @@ def follow():
     """Run a follower over a script until it ran out; returns the mailbox."""
     made: list[Follower] = []
 
-    def run(script: Scripted) -> Mailbox:
+    def run(script: Scripted, place: LogPlace | None = None) -> Mailbox:
         follower = Follower(script, script, "gw_test")  # pyright: ignore[reportArgumentType]
         made.append(follower)
         with follower.follow("m", JOB) as box:
+            box.place = place
+            script.boxes.append(box)
+            script.may_begin.set()
             assert script.ran_out.wait(10)
             return box
 
@@ -87,6 +113,43 @@ def test_invariant_3_a_lost_connection_is_opened_again_and_all_are_behind(follow
     assert "follower." in caplog.text
 
 
+def test_invariant_3_what_was_missed_is_read_on_from_the_owners_place(follow):
+    script = Scripted()
+    script.log = [chunk_of(JOB, index, 1) for index in range(6)]
+    place = BEGINNING.after(script.log[0]).after(script.log[1]).after(script.log[2])
+    box = follow(script, place)
+    assert script.read == [("m", JOB, 2)]
+    assert box.take(1) == script.log[3:]
+    assert not box.is_behind
+
+
+def test_nothing_is_missed_where_the_log_is_as_it_was(follow):
+    script = Scripted()
+    script.log = [chunk_of(JOB, 0, 1)]
+    box = follow(script, BEGINNING.after(script.log[0]))
+    assert box._messages.empty(), "its owner is not even woken"
+    assert not box.is_behind
+
+
+@pytest.mark.parametrize("how", ["another log", "a long gap"])
+def test_invariant_3_where_reading_on_is_not_enough_the_owner_is_told(follow, how):
+    script = Scripted()
+    script.log = [chunk_of(JOB, index, 1) for index in range(FILL_RECORDS + 5)]
+    place = BEGINNING.after(script.log[0])
+    if how == "another log":
+        script.log = [chunk_of(JOB, 0, 1, gen=1)]
+    assert follow(script, place).is_behind
+
+
+def test_invariant_3_who_read_the_log_meanwhile_is_given_nothing(follow):
+    script = Scripted()
+    script.log = [chunk_of(JOB, index, 1) for index in range(4)]
+    script.before_answer = lambda: script.boxes[0].catch_up()
+    box = follow(script, BEGINNING.after(script.log[0]))
+    assert box._messages.empty()
+    assert not box.is_behind
+
+
 def test_a_frame_of_another_version_makes_all_read_the_log(follow, caplog):
     script = Scripted(list, fails(WireError("v9")))
     box = follow(script)
@@ -98,6 +161,7 @@ def test_a_frame_of_another_version_makes_all_read_the_log(follow, caplog):
 def test_a_wish_that_redis_did_not_hear_makes_the_mailbox_behind():
     script = Scripted()
     script.is_asking_refused = True
+    script.may_begin.set()
     follower = Follower(script, script, "gw_test")  # pyright: ignore[reportArgumentType]
     with follower.follow("m", JOB) as box:
         assert box.is_behind
@@ -106,6 +170,7 @@ def test_a_wish_that_redis_did_not_hear_makes_the_mailbox_behind():
 
 def test_the_last_to_leave_takes_the_wish_back():
     script = Scripted()
+    script.may_begin.set()
     follower = Follower(script, script, "gw_test")  # pyright: ignore[reportArgumentType]
     with follower.follow("m", JOB):
         with follower.follow("m", JOB):
@@ -117,6 +182,7 @@ def test_the_last_to_leave_takes_the_wish_back():
 
 def test_closing_ends_all_streams_and_lets_nobody_in():
     script = Scripted()
+    script.may_begin.set()
     follower = Follower(script, script, "gw_test")  # pyright: ignore[reportArgumentType]
     with follower.follow("m", JOB) as box:
         follower.close()

@@ -2,9 +2,11 @@
 
 import pytest
 
-from headrace.contract.wire import FinishReason, JobEnd, JobStatus
+from headrace.contract import keys
+from headrace.contract.tokens import TokenLog
+from headrace.contract.wire import FinishReason, JobEnd, JobStatus, encode
 from headrace.gateway.follower import MAX_MESSAGES
-from headrace.tests.gateway.courier import MODEL, Courier, Held
+from headrace.tests.gateway.courier import MODEL, Courier, Held, chunk_of
 from headrace.tests.gateway.reader import Reader, Seen, tokens_of
 
 
@@ -190,6 +192,89 @@ def test_a_killed_connection_loses_nothing(client, services, courier, job):
         courier.end(held)
         events += reader.rest()
     assert tokens_of(events) == (held.ids, held.text)
+
+
+def reads_of(services, monkeypatch) -> list[int]:
+    """Return a list that each read of a log adds its first record to."""
+    begins: list[int] = []
+    read = TokenLog.read
+
+    def noting(self, model, job, begin=0, count=0):
+        begins.append(begin)
+        return read(self, model, job, begin, count)
+
+    monkeypatch.setattr(TokenLog, "read", noting)
+    return begins
+
+
+def test_a_gap_is_filled_without_reading_the_log_again(client, services, courier, job, monkeypatch):
+    with Reader(client, job) as reader:
+        held = courier.take()
+        for _ in range(5):
+            courier.say(held, 1)
+        events = [event for _ in range(5) for event in reader.until("token")]
+        begins = reads_of(services, monkeypatch)
+        services.token_log.unsubscribe(shard_of(services), MODEL, job)
+        courier.say(held, 2)  # published to nobody
+        courier.say(held, 3)
+        assert services.redis.client_kill_filter(_type="pubsub") >= 1
+        while sum(e.data["count"] for e in events if e.name == "token") < len(held.ids):
+            events += reader.until("token")
+        courier.end(held)
+        events += reader.rest()
+    assert tokens_of(events) == (held.ids, held.text)
+    # A silence on a busy machine may make it look too, but never from the log's beginning.
+    assert 0 not in begins
+
+
+def test_a_silent_gap_is_read_on_from_the_last_record(client, services, courier, job, monkeypatch):
+    with Reader(client, job) as reader:
+        held = courier.take()
+        for _ in range(4):
+            courier.say(held, 1)
+        events = [event for _ in range(4) for event in reader.until("token")]
+        begins = reads_of(services, monkeypatch)
+        services.token_log.unsubscribe(shard_of(services), MODEL, job)
+        courier.say(held, 2)
+        courier.end(held)
+        events += reader.rest()
+    assert tokens_of(events) == (held.ids, held.text)
+    assert begins == [3]
+
+
+def test_a_log_that_was_put_back_in_other_pieces_is_read_whole(
+    client, services, courier, job, monkeypatch
+):
+    with Reader(client, job) as reader:
+        held = courier.take()
+        for _ in range(4):
+            courier.say(held, 1)
+        events = [event for _ in range(4) for event in reader.until("token")]
+        begins = reads_of(services, monkeypatch)
+        services.token_log.unsubscribe(shard_of(services), MODEL, job)
+        courier.say(held, 2)
+        whole = chunk_of(job, 0, 6, attempt=held.attempt, gen=held.gen)
+        key = keys.token_log(MODEL, job)
+        services.redis.delete(key)
+        services.redis.rpush(key, encode(whole))  # as RESTORE does after a loss of Redis
+        courier.end(held)
+        events += reader.rest()
+    assert tokens_of(events) == (held.ids, held.text)
+    assert "reset" not in names(events)
+    assert begins == [3, 0]
+
+
+def test_a_start_that_was_lost_is_told_before_its_tokens(client, services, courier, job):
+    with Reader(client, job) as reader:
+        reader.until("queued")
+        services.token_log.unsubscribe(shard_of(services), MODEL, job)
+        held = courier.take()
+        services.token_log.subscribe(shard_of(services), [(MODEL, job)])
+        courier.say(held, 2)
+        events = reader.until("token")
+        courier.end(held)
+        events += reader.rest()
+    assert names(events) == ["started", "token", "succeeded"]
 
 
 def test_a_slow_subscriber_costs_no_memory_and_misses_nothing(client, services, courier, job):
