@@ -236,7 +236,13 @@ class GatewaySettings(TracedSettings):
         ),
     ] = 0
     db_pool_size: Annotated[
-        int, Field(ge=1, le=200, description="Postgres connections a gateway process keeps.")
+        int,
+        Field(
+            ge=1,
+            le=200,
+            description="Postgres connections a gateway process keeps; a request waits up to 20 s"
+            " for one.",
+        ),
     ] = 16
 
 
