@@ -222,7 +222,8 @@ def _rows(url: str) -> Iterator[Row]:
         )
         letter = "(select signature from dead_letters d where d.job_id = j.id)"
         query = f"""
-            select j.id, j.metadata->>'campaign' as campaign, t.name as tenant, j.status, j.attempt,
+            select j.id, case when j.made_from is null then j.metadata->>'campaign' end as campaign,
+              t.name as tenant, j.status, j.attempt,
               j.finish_reason, j.error_code, j.prompt_tokens, j.output_text, j.output_token_ids,
               j.output_ends, j.output_gen, j.cancel_requested_at is not null as is_canceled,
               {"j.num_crashes" if has_crashes else "0"} as num_crashes,
