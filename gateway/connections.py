@@ -78,12 +78,13 @@ class StreamingWorker(GeventWorker):
             self._served.pop(gevent.getcurrent(), None)
 
     @contextlib.contextmanager
-    def timeout_ctx(self) -> Iterator[None]:
+    def timeout_ctx(self) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Bound the wait for a request (gunicorn's hook), and know who waits."""
         here = gevent.getcurrent()
         self._waiting.add(here)
         try:
-            with super().timeout_ctx():
+            bound: Any = super().timeout_ctx()  # its stub says None
+            with bound:
                 yield
         finally:
             self._waiting.discard(here)

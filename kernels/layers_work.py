@@ -29,7 +29,7 @@ MERGE_ELEMENTS = 16384
 #: faster (llama-8b on one H200).
 MAX_HIDDEN = 1024
 #: Columns of the table of addresses, a row a layer; the last two are padding to 128 bytes.
-FIELDS = tl.constexpr(16)
+FIELDS = tl.constexpr(16)  # pyright: ignore[reportCallIssue]
 
 
 class LayerTensors(NamedTuple):
@@ -191,7 +191,7 @@ def _check_layer(
     """Raise ValueError unless a layer has its tensors and the same optional ones as the first."""
     num_q_heads, num_kv_heads, head_dim = heads
     width, q = (num_q_heads + 2 * num_kv_heads) * head_dim, num_q_heads * head_dim
-    shapes = LayerTensors(
+    shapes = (
         (hidden,), (width, hidden), (width,), (head_dim,), (head_dim,), (hidden, q), (hidden,),
         (hidden,), (2 * inter, hidden), (2 * inter,), (hidden, inter), (hidden,),
     )  # fmt: skip

@@ -68,9 +68,9 @@ class Buffers:
             return made.normal_(std=k**-0.5)
 
         def layer() -> LayerTensors:
-            head_norms = [norm(head_dim) if model.has_qk_norm else None for _ in range(2)]
+            q_norm, k_norm = (norm(head_dim) if model.has_qk_norm else None for _ in range(2))
             return LayerTensors(
-                norm(hidden), linear(qkv, hidden), None, *head_norms, linear(hidden, q), None,
+                norm(hidden), linear(qkv, hidden), None, q_norm, k_norm, linear(hidden, q), None,
                 norm(hidden), linear(2 * inter, hidden), None, linear(hidden, inter), None,
             )  # fmt: skip
 
@@ -84,8 +84,10 @@ class Buffers:
         self.tables = torch.randperm(num_blocks, device=device).to(torch.int32)[None]
         self.position = context_len - 1
         at = int(self.tables[0, -1]) * BLOCK_SIZE + self.position % BLOCK_SIZE
-        numbers = (7, self.position, at, context_len, 0)
-        self.row = [torch.tensor([n], dtype=torch.int32, device=device) for n in numbers]
+        # token, position, slot of the cache, context length, row of the tables
+        self.row = tuple(
+            torch.tensor([[7], [self.position], [at], [context_len], [0]], device=device).int()
+        )
         self.kv_slot = at
         self._work: dict[LayersTuning, LayersWork] = {}
 
@@ -94,8 +96,10 @@ class Buffers:
         if tuning not in self._work:
             windows = [None] * model.num_layers
             self._work[tuning] = LayersWork.allocate(self.layers, windows, model.heads, tuning)
+        token, position, kv_slot, context_len, table_row = self.row
         return decode_layers(
-            self._work[tuning], self.embedding, *self.row, self.tables, self.cos, self.sin, self.k,
+            self._work[tuning], self.embedding, token, position, kv_slot, context_len, table_row,
+            self.tables, self.cos, self.sin, self.k,
             self.v, EPS,
         )  # fmt: skip
 

@@ -18,20 +18,30 @@ import faulthandler
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import numpy as np
 
 from headrace.worker import frames
 from headrace.worker.frames import Admit, Reason, SamplingParams, StepFrame
 
-if TYPE_CHECKING:
-    from headrace.worker.engine.loop import Engine
-
 #: Tokens of its prompt, and of its answer, at most: a prefill and a decode.
 NUM_PROMPT, NUM_OUTPUT = 8, 2
 #: Seconds it may take: kernels may be compiled for it.
 LIMIT_S = 120.0
+
+
+class Engine(Protocol):
+    """What of loop.Engine a job of its own needs."""
+
+    max_seq_tokens: int
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def admit(self, asked: Admit) -> None: ...
+
+    def step(self) -> None: ...
 
 
 class CanaryDied(RuntimeError):
