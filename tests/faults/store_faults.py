@@ -207,13 +207,13 @@ class StoreFaults:
 
 
 #: Rows as the newest job's, of another time and of no client. A column that is stored as it is
-#: keeps them in the table's own file.
+#: keeps them in the table's own file, and leaves no room behind it for the row of a POST.
 _GROW = """
 alter table jobs alter column traceparent set storage plain;
 insert into jobs
 select (jsonb_populate_record(job, jsonb_build_object(
     'id', 'job_ballast' || n, 'metadata', '{}'::jsonb,
-    'traceparent', repeat(n::text, 6000 / length(n::text)),
+    'traceparent', repeat(n::text, 7400 / length(n::text)),
     'created_at', now() - interval '1 hour', 'finished_at', now() - interval '1 hour'
   ))).*
 from (select job from jobs as job where finished_at is not null limit 1) as ended,

@@ -152,7 +152,7 @@ def test_a_program_can_write_to_its_tmpfs_and_nowhere_else(fleet):
         "import pathlib, sys, tempfile\n"
         "tempfile.TemporaryFile().close()\n"
         "for place in sys.argv[1:]:\n"
-        "    try: pathlib.Path(place, 'x').touch(); print('wrote', place)\n"
+        "    try: pathlib.Path(place, 'of-the-probe').touch(); print('wrote', place)\n"
         "    except PermissionError: print('refused')\n"
         "try: import torch\n"
         "except ModuleNotFoundError as error: print(error)\n"
