@@ -50,7 +50,9 @@ else:
                     self.value = value
 
         class _MissingTriton:
-            jit = _MissingKernel
+            @staticmethod
+            def jit(function: Any = None, **_: Any) -> Any:
+                return _MissingTriton.jit if function is None else _MissingKernel(function)
 
         triton = _MissingTriton()
         tl = _MissingLanguage()
